@@ -1,0 +1,118 @@
+"""Tasks and demonstrations: from files, or from functions that make them."""
+
+import importlib
+import itertools
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from actors.errors import RecipeError
+from schemas.recipe import Data, Evaluation, Recipe
+from schemas.task import TaskRow
+
+
+def load_function(name: str, key: str, recipe_dir: str) -> Callable[..., Any]:
+    """The function that `module:function` names. Raises RecipeError naming the recipe's key."""
+    module_name, colon, function_name = name.partition(":")
+    if not colon:
+        raise RecipeError("recipe", key, f"{name!r} is not 'module:function'")
+    if recipe_dir and recipe_dir not in sys.path:
+        sys.path.insert(0, recipe_dir)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise RecipeError("recipe", key, f"cannot import {module_name!r}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise RecipeError("recipe", key, f"{module_name!r} has no function {function_name!r}")
+    return function  # type: ignore[no-any-return]
+
+
+def _row(value: Any, where: str) -> TaskRow:
+    try:
+        return value if isinstance(value, TaskRow) else msgspec.convert(value, TaskRow)
+    except msgspec.ValidationError as error:
+        raise RecipeError(where, "", f"{error}") from error
+
+
+def _jsonl(path: Path) -> Iterator[Any]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield msgspec.json.decode(line)
+                except msgspec.DecodeError as error:
+                    raise RecipeError(f"{path}:{number}", "", f"not JSON: {error}") from error
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        for value in batch.to_pylist():
+            yield _without_nulls(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Parquet gives every struct every field; one that is null was not there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _hub(name: str) -> Iterator[Any]:
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        why = "hf: needs the package `datasets`: pip install datasets"
+        raise RecipeError("recipe", "data.path", why) from error
+    dataset, _, split = name.removeprefix("hf:").partition(":")
+    for value in datasets.load_dataset(dataset, split=split or "train"):
+        yield _without_nulls(dict(value))
+
+
+def read_rows(path: str, key: str, recipe_dir: str) -> list[TaskRow]:
+    """All rows of a file or a hub data set. Raises RecipeError naming the file and the row."""
+    if path.startswith("hf:"):
+        return [_row(value, f"{path} row {i}") for i, value in enumerate(_hub(path), 1)]
+    file = Path(recipe_dir, path)
+    readers: dict[str, Callable[[Path], Iterable[Any]]] = {".jsonl": _jsonl, ".parquet": _parquet}
+    if file.suffix not in readers:
+        raise RecipeError("recipe", key, f"{path!r} is neither *.jsonl, *.parquet nor hf:…")
+    if not file.is_file():
+        raise RecipeError("recipe", key, f"{file} is not there")
+    rows = [_row(value, f"{file} row {i}") for i, value in enumerate(readers[file.suffix](file), 1)]
+    if not rows:
+        raise RecipeError("recipe", key, f"{file} has no rows")
+    return rows
+
+
+def training_rows(data: Data, seed: int, recipe_dir: str) -> Iterator[TaskRow]:
+    """Every task in the order of the run; the same for the same seed, so that a resume can skip ahead."""
+    if data.rows:
+        values = load_function(data.rows, "data.rows", recipe_dir)(seed)
+        return (_row(value, f"{data.rows} row {i}") for i, value in enumerate(values, 1))
+    return _epochs(read_rows(data.path, "data.path", recipe_dir), data.shuffle, seed)
+
+
+def _epochs(rows: list[TaskRow], shuffle: bool, seed: int) -> Iterator[TaskRow]:
+    for epoch in itertools.count():
+        order = list(rows)
+        if shuffle:
+            random.Random(f"{seed}.{epoch}").shuffle(order)
+        yield from order
+
+
+def evaluation_rows(evaluation: Evaluation, recipe: Recipe, recipe_dir: str) -> list[TaskRow]:
+    """The held-out tasks; empty when the recipe has none."""
+    if evaluation.rows:
+        values = load_function(evaluation.rows, "evaluation.rows", recipe_dir)(recipe.seed)
+        limited = itertools.islice(values, evaluation.limit)
+        return [_row(value, f"{evaluation.rows} row {i}") for i, value in enumerate(limited, 1)]
+    if evaluation.path:
+        return read_rows(evaluation.path, "evaluation.path", recipe_dir)[: evaluation.limit]
+    return []

@@ -1,0 +1,192 @@
+"""The generator: samples a trajectory's next turn.
+
+    turn = tokens given since the last turn (prompt, or observations) + tokens sampled
+
+The tokens given are made here, once; the tokens sampled are the engine's, never tokenised again.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import ClassVar, NamedTuple
+
+from actors.actor import HopFailed
+from bus.subjects import Stage
+from engines.chat import Chat
+from engines.engine import Engine, Sample, SampleRequest
+from engines.errors import EngineError
+from schemas.events import Event, Turn
+from schemas.recipe import Recipe
+from schemas.tokens import Tokens
+from schemas.trajectory import Trajectory
+from tools.formats import CallFormat
+
+_WEIGHTS_WAIT_S = 60.0
+
+Pinned = Callable[[int], Awaitable[Engine]]
+"""An engine that holds one version for good."""
+
+
+class Policies:
+    """The engines of one replica: the live one, and one that is pinned for evaluation."""
+
+    def __init__(self, live: Engine, open_pinned: Pinned) -> None:
+        self.live = live
+        self._open_pinned = open_pinned
+        self._pinned: tuple[int, Engine] | None = None
+        self._lock = asyncio.Lock()
+        self._moved = asyncio.Condition()
+
+    async def update(self, weights: bytes, policy_version: int) -> None:
+        """Take newer weights into the live engine."""
+        await self.live.load(weights, policy_version)
+        async with self._moved:
+            self._moved.notify_all()
+
+    async def at_least(self, policy_version: int) -> Engine:
+        """The live engine, once it holds this version or a newer one."""
+        async with self._moved:
+            try:
+                async with asyncio.timeout(_WEIGHTS_WAIT_S):
+                    await self._moved.wait_for(lambda: self.live.policy_version >= policy_version)
+            except TimeoutError as error:
+                have = self.live.policy_version
+                detail = f"version {policy_version} wanted, {have} held"
+                raise HopFailed("engine", "weights_late", detail) from error
+        return self.live
+
+    async def exactly(self, policy_version: int) -> Engine:
+        """An engine with just this version; the last one asked for is kept."""
+        async with self._lock:
+            if self._pinned is None or self._pinned[0] != policy_version:
+                if self._pinned is not None:
+                    await self._pinned[1].close()
+                    self._pinned = None
+                self._pinned = (policy_version, await self._open_pinned(policy_version))
+            return self._pinned[1]
+
+    def engines(self) -> list[Engine]:
+        """All that are open."""
+        return [self.live, *([self._pinned[1]] if self._pinned else [])]
+
+
+class Prepared(NamedTuple):
+    """A turn before it is sampled."""
+
+    ids: list[int]
+    """[T] everything so far, with what is given now."""
+    given: list[int]
+    max_tokens: int
+
+
+class Generator:
+    """Samples turns; as many at once as the engine has room for."""
+
+    stage: ClassVar[Stage] = "gen"
+    produces: ClassVar[tuple[type[Event], ...]] = (Turn,)
+
+    def __init__(
+        self, recipe: Recipe, policies: Policies, chat: Chat, formats: CallFormat, replica: str
+    ) -> None:
+        self._policy = recipe.policy
+        self._policies = policies
+        self._chat = chat
+        self._format = formats
+        self._replica = replica
+
+    async def handle(self, state: Trajectory) -> Turn:
+        """Sample the next turn."""
+        prepared = self._prepare(state)
+        if prepared.max_tokens <= 0:
+            return Turn(
+                trajectory=state.id,
+                replica=self._replica,
+                tokens=Tokens.given(prepared.given),
+                text="",
+                finish_reason="length",
+                last=True,
+            )
+        admitted = state.admitted
+        try:
+            pinned = admitted.pinned_policy_version
+            engine = await (
+                self._policies.exactly(pinned)
+                if pinned is not None
+                else self._policies.at_least(admitted.min_policy_version)
+            )
+            sample = await engine.sample(
+                SampleRequest(
+                    ids=prepared.ids,
+                    max_tokens=prepared.max_tokens,
+                    temperature=admitted.temperature,
+                    stop=self._format.stop,
+                    seed=turn_seed(admitted.seed, len(state.turns)),
+                    cache_key=state.id,
+                )
+            )
+        except EngineError as error:
+            raise HopFailed("engine", error.code, error.detail) from error
+        return self._turn(state, prepared.given, sample)
+
+    def _prepare(self, state: Trajectory) -> Prepared:
+        given = self._given(state)
+        ids = [*state.tokens.ids_T, *given]
+        begun = sum(turn.tokens.sampled_count for turn in state.open_pieces())
+        policy = self._policy
+        room = min(policy.max_turn_tokens - begun, policy.max_tokens - len(ids))
+        return Prepared(ids, given, room)
+
+    def _given(self, state: Trajectory) -> list[int]:
+        """The tokens that the policy is given before it goes on."""
+        if not state.turns:
+            return self._chat.prompt_ids(state.admitted.public.messages)
+        last = state.turns[-1]
+        if last.finish_reason == "partial":
+            return []
+        results = [result.text for result in state.results_of(len(state.turns) - 1)]
+        texts = [*results, *([last.feedback] if last.feedback else [])]
+        ended = last.tokens.ids_T[-1] in self._chat.end_ids
+        return self._chat.observation_ids(texts, self._policy.observation_role, ended)
+
+    def _turn(self, state: Trajectory, given: list[int], sample: Sample) -> Turn:
+        text = self._chat.decode(sample.ids)
+        tokens = Tokens.given(given) + Tokens.sampled(sample.ids, sample.logprobs, sample.versions)
+        turn = Turn(
+            trajectory=state.id,
+            replica=self._replica,
+            tokens=tokens,
+            text=text,
+            finish_reason=sample.finish_reason,
+        )
+        if sample.finish_reason == "partial":
+            return turn
+        whole = "".join(piece.text for piece in state.open_pieces()) + text
+        parsed = self._format.parse(whole)
+        limit = sample.finish_reason == "length" or state.turn_count + 1 >= self._policy.max_turns
+        return Turn(
+            trajectory=state.id,
+            replica=self._replica,
+            tokens=tokens,
+            text=text,
+            calls=parsed.calls,
+            feedback=parsed.feedback,
+            finish_reason=sample.finish_reason,
+            last=limit or not (parsed.calls or parsed.feedback),
+        )
+
+    async def drain(self) -> None:
+        """End running turns now, with the tokens they have."""
+        for engine in self._policies.engines():
+            await engine.interrupt()
+
+    async def close(self) -> None:
+        """Free the engines."""
+        for engine in self._policies.engines():
+            with suppress(EngineError):
+                await engine.close()
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """The seed of one turn, derived from the trajectory's."""
+    return int.from_bytes(hashlib.sha256(f"{seed}.{turn}".encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,154 @@
+"""The commands that join, steer and watch a run from another terminal."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import click
+
+from actors.errors import UserError
+from actors.fleet import HEARD_S, Fleet
+from actors.process import opened
+from actors.run_folder import RUNS, RunFolder, find_live
+from actors.supervisor import Supervisor
+from actors.views import alive_table, event_json, event_line, trajectory_text
+from bus import subjects
+from bus.connection import Bus, Endpoint, connect
+from bus.embedded import EmbeddedServer
+from bus.log import Log, open_log
+from schemas.events import AnyRunEvent, Ended, Paused, Resumed, Stopping
+from schemas.messages import RoleName
+from schemas.trajectory import TrajectoryId
+
+STEERING: dict[str, AnyRunEvent] = {
+    "pause": Paused(replica="operator"),
+    "resume": Resumed(replica="operator"),
+    "stop": Stopping(replica="operator", reason="`actors stop`"),
+}
+
+
+def _where(run: str | None, nats_url: str) -> tuple[str, Endpoint]:
+    """The run and its server. Raises UserError."""
+    if not nats_url:
+        return find_live(run)
+    if run is None:
+        raise UserError("--nats needs --run NAME: a server may hold many runs")
+    return run, Endpoint(url=nats_url)
+
+
+@asynccontextmanager
+async def _reach(run: str | None, nats_url: str) -> AsyncIterator[tuple[Bus, Log]]:
+    """A run's log, live or at rest: for one at rest its server is started on its store for as long."""
+    at_rest = run is not None and not nats_url and not RunFolder(run).live()
+    if at_rest and (store := RunFolder(run or "").nats).is_dir():
+        server = EmbeddedServer(store)
+        server.start()
+        try:
+            async with connect(server.endpoint, "operator") as bus, open_log(bus, run or "") as log:
+                yield bus, log
+        finally:
+            server.stop()
+        return
+    name, endpoint = _where(run, nats_url)
+    async with connect(endpoint, "operator") as bus, open_log(bus, name) as log:
+        if await opened(log) is None:
+            raise UserError(f"no run {name!r} at {endpoint.url}")
+        yield bus, log
+
+
+async def add_replicas(role: RoleName, replicas: int, run: str | None, nats_url: str) -> int:
+    """Keep more replicas of a role alive until interrupted or the run ends."""
+    name, endpoint = _where(run, nats_url)
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with connect(endpoint, f"supervisor {role}") as bus, open_log(bus, name) as log:
+        event = await opened(log)
+        if event is None:
+            raise UserError(f"no run {name!r} at {endpoint.url}")
+        folder = RunFolder(name)
+        supervisor = Supervisor(name, endpoint, folder.logs, event.recipe.deadlines.drain_s)
+        click.echo(f"{role} x{replicas} joins run {name}; Ctrl-C drains and leaves")
+        waits = [
+            asyncio.ensure_future(each)
+            for each in (
+                supervisor.keep(role, replicas),
+                stop.wait(),
+                _until_over(log),
+                bus.closed.wait(),
+            )
+        ]
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            await supervisor.stop()
+            for task in waits:
+                task.cancel()
+            await asyncio.wait(waits)
+    return 0
+
+
+async def _until_over(log: Log) -> None:
+    """Until the run ends or is told to stop from now on."""
+    old = True
+    async for found in log.follow(subject=subjects.run_event(log.run)):
+        for stored in found:
+            if isinstance(stored.event, Ended) or (isinstance(stored.event, Stopping) and not old):
+                return
+        old = old and bool(found)
+
+
+async def steer(command: str, run: str, nats_url: str) -> None:
+    """Tell a live run to stop, pause or go on."""
+    name, endpoint = _where(run, nats_url)
+    async with connect(endpoint, "operator") as bus, open_log(bus, name) as log:
+        if await opened(log) is None:
+            raise UserError(f"no run {name!r} at {endpoint.url}")
+        await log.append_run(STEERING[command])
+    click.echo(f"told run {name} to {command}")
+
+
+async def show_alive(run: str | None, nats_url: str) -> None:
+    """Listen for as long as a sign of life may take, and print who gave one."""
+    name, endpoint = _where(run, nats_url)
+    async with connect(endpoint, "operator") as bus:
+        fleet = Fleet()
+        await fleet.hear(bus, name)
+        await asyncio.sleep(HEARD_S / 2)
+        click.echo(alive_table(name, endpoint.url, fleet.alive()))
+
+
+async def follow(run: str | None, nats_url: str, *, from_start: bool, as_json: bool) -> None:
+    """Print events as they come, until the run ends or the reader has had enough."""
+    async with _reach(run, nats_url) as (_, log):
+        after = 0 if from_start else await log.last_seq()
+        render = event_json if as_json else event_line
+        live = RunFolder(log.run).live() is not None or bool(nats_url)
+        try:
+            async for found in log.follow(after):
+                for stored in found:
+                    sys.stdout.write(render(stored) + "\n")
+                sys.stdout.flush()
+                if any(isinstance(stored.event, Ended) for stored in found) or not (found or live):
+                    return
+        except BrokenPipeError:
+            # the reader is gone: nothing more to say, and nowhere to say it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+async def show_trajectory(trajectory: str, run: str | None, nats_url: str) -> None:
+    """Print one trajectory. Raises UserError when there is none."""
+    try:
+        TrajectoryId.parse(trajectory)
+    except ValueError as error:
+        raise UserError(f"{error}; `actors tail` shows ids") from error
+    async with _reach(run, nats_url) as (_, log):
+        state = await log.trajectory(trajectory)
+        if state is None:
+            raise UserError(f"run {log.run} has no trajectory {trajectory} (runs are in {RUNS}/)")
+        click.echo(trajectory_text(state))

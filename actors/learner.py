@@ -1,0 +1,236 @@
+"""The learner: reads the log, forms batches of complete groups, and says what to train.
+
+    observe(event)   what the log says
+    plan(version)    groups to filter, and the next step once its batch is full
+
+A batch closes at `groups_per_step` groups with signal, or at `refill_limit` times as many completed groups with at
+least one. What was trained or filtered is what the write-ahead log says; there is no second ledger.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+from learner.groups import zero_variance
+from schemas.events import (
+    Admitted,
+    AnyEvent,
+    AnyLearnerEvent,
+    Failed,
+    Filtered,
+    Scored,
+    Step,
+    Stepped,
+    TrajectoryEvent,
+    Turn,
+)
+from schemas.recipe import Recipe
+from schemas.trajectory import Trajectory, TrajectoryId, fold
+
+
+class Batch(NamedTuple):
+    """What one step trains, and what it reports on."""
+
+    step: Step
+    groups: list[list[Trajectory]]
+    """In batch order; members by slot."""
+    filtered: list[Trajectory]
+    """Of zero-variance groups completed since the last step: they count in the step's rewards."""
+
+
+class Planner:
+    """Folds the log into groups. Knows no bus and no torch."""
+
+    def __init__(self, recipe: Recipe, checkpoint_step: int, replica: str = "") -> None:
+        self._recipe = recipe
+        self._replica = replica
+        self._checkpoint_step = checkpoint_step
+        self.step = 0
+        """The last step begun."""
+        self.seq = 0
+        """The last sequence of our own write-ahead log."""
+        self.stepped: dict[int, Stepped] = {}
+        self.batches: dict[int, Batch] = {}
+        """Steps begun and not in the checkpoint: to be trained, or trained again."""
+        self.trajectories: dict[str, Trajectory] = {}
+        self._scored: dict[str, dict[int, str]] = {}
+        """Group → member → its scored trajectory."""
+        self._ready: list[str] = []
+        """Complete groups in the order in which they became so."""
+        self._filtered: dict[str, list[Trajectory]] = {}
+        """Groups filtered since the last step, with those of their members that count in its rewards."""
+        self.failed_by_cause: Counter[str] = Counter()
+        """Since the last step, as are the next two."""
+        self.sampled_tokens = 0
+        self.since_s = 0.0
+        self.now_s = 0.0
+        """Server time of the newest event."""
+
+    # -- what the log says -------------------------------------------------------------------------
+
+    def observe(self, event: AnyEvent, seq: int, time_s: float) -> None:
+        """Take one event in, in log order."""
+        self.now_s = max(self.now_s, time_s)
+        if isinstance(event, TrajectoryEvent):
+            self._follow(event, seq)
+        elif isinstance(event, AnyLearnerEvent) and seq > self.seq:
+            self.seq = seq
+            self._remember(event)
+
+    def _remember(self, event: AnyLearnerEvent) -> None:
+        """Take in our own write-ahead log: at start-up from the log, later as we append."""
+        if isinstance(event, Filtered):
+            self._filter(event)
+        elif isinstance(event, Step):
+            self._begin(event)
+        elif isinstance(event, Stepped):
+            self.stepped[event.step] = event
+            self.failed_by_cause.clear()
+            self.sampled_tokens = 0
+            self.since_s = self.now_s
+
+    def _follow(self, event: TrajectoryEvent, seq: int) -> None:
+        known = self.trajectories.get(event.trajectory)
+        if isinstance(event, Admitted):
+            if event.purpose == "eval":
+                return
+            self.since_s = self.since_s or self.now_s
+        if known is None and not isinstance(event, Admitted):
+            return  # of an evaluation, or trained and forgotten
+        state = fold(known, event, seq)  # type: ignore[arg-type]
+        self.trajectories[event.trajectory] = state
+        if isinstance(event, Turn):
+            self.sampled_tokens += event.tokens.sampled_count
+        elif isinstance(event, Scored):
+            self._complete(state)
+        elif state.end is not None:
+            if isinstance(event, Failed):
+                self.failed_by_cause[str(event.cause)] += 1
+            else:
+                self._lose(TrajectoryId.parse(event.trajectory).group)
+            del self.trajectories[event.trajectory]
+
+    def _complete(self, state: Trajectory) -> None:
+        name, member, _ = TrajectoryId.parse(state.id)
+        members = self._scored.setdefault(name, {})
+        members[member] = state.id
+        if len(members) == self._recipe.learner.group_size:
+            self._ready.append(name)
+
+    def _lose(self, group: str) -> None:
+        """One of its members was expired or dropped: it will not be trained."""
+        self._scored.pop(group, None)
+        if group in self._ready:
+            self._ready.remove(group)
+
+    def _take(self, group: str) -> list[Trajectory]:
+        members = self._scored.pop(group)
+        self._ready.remove(group)
+        return [self.trajectories.pop(members[member]) for member in sorted(members)]
+
+    def _filter(self, event: Filtered) -> None:
+        members = self._take(event.group)
+        self._filtered[event.group] = members if event.reason == "zero_variance" else []
+
+    def _begin(self, event: Step) -> None:
+        names = list(dict.fromkeys(TrajectoryId.parse(t).group for t in event.trajectories))
+        groups = [self._take(name) for name in names]
+        filtered = [member for name in event.filtered for member in self._filtered.get(name, [])]
+        self._filtered.clear()
+        self.step = event.step
+        if event.step > self._checkpoint_step:
+            self.batches[event.step] = Batch(event, groups, filtered)
+
+    # -- what to do --------------------------------------------------------------------------------
+
+    def filters(self, policy_version: int) -> list[Filtered]:
+        """Complete groups that will not be trained, and why."""
+        oldest_allowed = policy_version - self._recipe.asynchrony.max_staleness
+        found = []
+        for name in self._ready:
+            members = [self.trajectories[member] for member in self._scored[name].values()]
+            reason: Literal["stale", "zero_variance"] | None = None
+            if oldest_version(members) < oldest_allowed:
+                reason = "stale"
+            elif zero_variance([member.reward or 0.0 for member in members]):
+                reason = "zero_variance"
+            if reason is not None:
+                found.append(
+                    Filtered(
+                        replica=self._replica,
+                        group=name,
+                        reason=reason,
+                        trajectories=[member.id for member in members],
+                    )
+                )
+        return found
+
+    def plan(self, policy_version: int) -> Step | None:
+        """The next step, once its batch is full; call it when `filters` has nothing more."""
+        learner = self._recipe.learner
+        if self.step >= learner.steps or (
+            self.batches.get(self.step) and self.step not in self.stepped
+        ):
+            return None
+        completed = len(self._ready) + len(self._filtered)
+        full = len(self._ready) >= learner.groups_per_step
+        refilled = self._ready and completed >= learner.refill_limit * learner.groups_per_step
+        if not (full or refilled):
+            return None
+        groups = self._ready[: learner.groups_per_step]
+        return Step(
+            replica=self._replica,
+            step=self.step + 1,
+            start_version=policy_version,
+            trajectories=[
+                self._scored[name][member]
+                for name in groups
+                for member in sorted(self._scored[name])
+            ],
+            filtered=list(self._filtered),
+            seed=self._recipe.seed,
+            threads=learner.threads,
+        )
+
+    def stragglers(self, policy_version: int) -> list[str]:
+        """Live trajectories that the next step would make too stale."""
+        oldest_allowed = policy_version + 1 - self._recipe.asynchrony.max_staleness
+        return [
+            name
+            for name, state in self.trajectories.items()
+            if state.scored is None and state.turns and oldest_version([state]) < oldest_allowed
+        ]
+
+
+def oldest_version(trajectories: Iterable[Trajectory]) -> int:
+    """The oldest policy version that sampled a token of any of them; huge when none did."""
+    versions = (state.tokens.oldest_version for state in trajectories)
+    return min((version for version in versions if version is not None), default=1 << 30)
+
+
+def step_rewards(batch: Batch) -> list[float]:
+    """The rewards of all trajectories that a step reports on."""
+    members = [member for group in batch.groups for member in group]
+    return [member.reward or 0.0 for member in (*members, *batch.filtered)]
+
+
+def step_metrics(batch: Batch) -> dict[str, float]:
+    """What a step's row says of its trajectories, filtered groups included."""
+    trained = [member for group in batch.groups for member in group]
+    members = [*trained, *batch.filtered]
+    rewards = step_rewards(batch)
+    count = len(members)
+    mean = sum(rewards) / count
+    version = batch.step.start_version
+    ages = [version - oldest_version([member]) for member in trained]
+    return {
+        "reward_mean": mean,
+        "reward_std": (sum((reward - mean) ** 2 for reward in rewards) / count) ** 0.5,
+        "trajectories": count,
+        "trained_trajectories": len(trained),
+        "tool_call_rate": sum(any(t.calls for t in member.turns) for member in members) / count,
+        "truncated_fraction": sum(m.turns[-1].finish_reason == "length" for m in members) / count,
+        "zero_variance_fraction": len(batch.filtered) / count,
+        "staleness_mean": sum(ages) / len(ages),
+        "staleness_max": max(ages),
+    }

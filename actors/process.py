@@ -1,0 +1,234 @@
+"""Joins a role to the bus. Actors know none of this.
+
+A hop: take the wake-up → handle → append the event, only if the trajectory has not moved → wake the next stage →
+acknowledge. Killed anywhere in it, the wake-up comes again and finds the log as it is: before the append the hop is
+taken again, after it the next stage is woken again. The loser of a race reads the winner and does the same.
+"""
+
+import asyncio
+import os
+import platform
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import structlog
+
+from actors.actor import Actor, HopFailed
+from actors.heartbeat import HeartbeatThread, Vitals
+from bus import subjects
+from bus.connection import Bus, Endpoint, connect
+from bus.errors import BadMessage, BusError, Conflict, Missing
+from bus.log import Log, open_log
+from bus.subjects import Stage
+from bus.work import Delivery, WorkQueue, open_queue, publish_dead, publish_work
+from schemas.events import Boundary, Opened
+from schemas.messages import DeadLetter, RoleName, Work
+from schemas.recipe import Recipe
+from schemas.trajectory import Trajectory, fold
+
+log = structlog.get_logger()
+
+_RETRY_DELAY_S = 0.5
+_LAG_PERIOD_S = 0.25
+_BOUNDARY: dict[Stage, Boundary] = {"gen": "engine", "tool": "tool", "score": "scorer"}
+
+
+@dataclass
+class Process:
+    """One replica of one role, joined to the bus."""
+
+    bus: Bus
+    log: Log
+    recipe: Recipe
+    recipe_dir: str
+    vitals: Vitals
+    stopping: asyncio.Event
+    """Set when it was told to stop, or the link is gone."""
+
+    @property
+    def run(self) -> str:
+        """The run's name."""
+        return self.vitals.run
+
+    @property
+    def replica(self) -> str:
+        """`<role>-<host>-<pid>`."""
+        return self.vitals.replica
+
+
+async def opened(run_log: Log) -> Opened | None:
+    """The run's newest recipe; None when there is no such run."""
+    found: Opened | None = None
+    async for stored in run_log.read(subjects.run_event(run_log.run, "opened")):
+        if isinstance(stored.event, Opened):
+            found = stored.event
+    return found
+
+
+@asynccontextmanager
+async def join(
+    endpoint: Endpoint, run: str, role: RoleName, stopping: asyncio.Event
+) -> AsyncIterator[Process]:
+    """Connect, read the run's recipe and give signs of life for as long as the block runs."""
+    # a token of a subject: a host name may have dots
+    host = "".join(c if c.isalnum() or c in "-_" else "_" for c in platform.node())
+    vitals = Vitals(run=run, role=role, replica=f"{role}-{host}-{os.getpid()}")
+    async with AsyncExitStack() as stack:
+        bus = await stack.enter_async_context(connect(endpoint, vitals.replica))
+        run_log = await stack.enter_async_context(open_log(bus, run))
+        event = await opened(run_log)
+        if event is None:
+            raise Missing(f"run {run!r} at {endpoint.url}")
+        heartbeat = HeartbeatThread(endpoint, vitals)
+        heartbeat.start()
+        stack.callback(heartbeat.stop)
+        lag = asyncio.create_task(_note_lag(vitals), name="note lag")
+        end = asyncio.create_task(_stop_when_closed(bus, stopping), name="stop when closed")
+        stack.callback(lag.cancel)
+        stack.callback(end.cancel)
+        yield Process(bus, run_log, event.recipe, event.recipe_dir, vitals, stopping)
+
+
+async def _note_lag(vitals: Vitals) -> None:
+    """Tell the heartbeat thread that this loop still runs."""
+    while True:
+        vitals.loop_ran_s = time.monotonic()
+        await asyncio.sleep(_LAG_PERIOD_S)
+
+
+async def _stop_when_closed(bus: Bus, stopping: asyncio.Event) -> None:
+    await bus.closed.wait()
+    stopping.set()
+
+
+class Hops:
+    """Serves one stage's queues with one actor until told to stop."""
+
+    def __init__(self, process: Process, actor: Actor) -> None:
+        self._process = process
+        self._actor = actor
+
+    async def serve(self, tools: Sequence[str], slots: int) -> None:
+        """Take hops until the process is stopping; then finish or hand back what is held."""
+        process = self._process
+        process.vitals.phase = ""
+        async with AsyncExitStack() as stack:
+            queues = [
+                await stack.enter_async_context(
+                    open_queue(process.bus, self._actor.stage, process.run, tool, slots=slots)
+                )
+                for tool in tools
+            ]
+            async with asyncio.TaskGroup() as group:
+                takers = [
+                    group.create_task(self._take(queue)) for queue in queues for _ in range(slots)
+                ]
+                await process.stopping.wait()
+                await self._drain(queues)
+                for taker in takers:
+                    taker.cancel()
+
+    async def _drain(self, queues: Sequence[WorkQueue]) -> None:
+        self._process.vitals.phase = "draining"
+        for queue in queues:
+            queue.drain()
+        await self._actor.drain()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._process.recipe.deadlines.drain_s):
+                for queue in queues:
+                    await queue.empty()
+
+    async def _take(self, queue: WorkQueue) -> None:
+        while True:
+            delivery = await queue.take()
+            try:
+                await self._hop(delivery)
+            except BusError as error:
+                # the log or a queue did not confirm: the wake-up comes again and finds what was stored
+                log.warning("hop not confirmed", error=str(error))
+                await delivery.give_back(_RETRY_DELAY_S)
+
+    async def _hop(self, delivery: Delivery) -> None:
+        process = self._process
+        try:
+            work = delivery.work()
+        except BadMessage as error:
+            letter = DeadLetter(
+                stage=self._actor.stage,
+                run=process.run,
+                error=str(error),
+                payload=delivery.payload,
+                replica=process.replica,
+            )
+            await publish_dead(process.bus, letter)
+            await delivery.done()
+            return
+        state = work.state
+        if state is None or delivery.redelivered:
+            state = await process.log.trajectory(work.trajectory)
+        if state is None or state.seq != work.seq:
+            await self._moved_on(state, delivery)
+            return
+        hop = state.next_hop
+        if hop is None or hop.stage != self._actor.stage:
+            await delivery.done()
+            return
+        process.vitals.held[state.id] = (self._actor.stage, time.monotonic())
+        try:
+            await self._advance(state, work, delivery)
+        finally:
+            process.vitals.held.pop(state.id, None)
+
+    async def _advance(self, state: Trajectory, work: Work, delivery: Delivery) -> None:
+        process = self._process
+        try:
+            event = await self._actor.handle(state)
+        except HopFailed as error:
+            await self._failed(state, work, delivery, error)
+            return
+        except Exception as error:
+            # fails its own trajectory, with its name, and never the run
+            log.warning("actor crashed", trajectory=state.id, exc_info=True)
+            crash = HopFailed(_BOUNDARY[self._actor.stage], "crashed", repr(error))
+            await self._failed(state, work, delivery, crash)
+            return
+        try:
+            seq = await process.log.append(event, state.seq)
+        except Conflict:
+            await self._moved_on(await process.log.trajectory(state.id), delivery)
+            return
+        await publish_work(process.bus, process.run, fold(state, event, seq))
+        await delivery.done()
+
+    async def _moved_on(self, state: Trajectory | None, delivery: Delivery) -> None:
+        """The log is ahead of this wake-up: make sure that the next stage knows, and let go."""
+        if state is not None:
+            await publish_work(self._process.bus, self._process.run, state)
+        await delivery.done()
+
+    async def _failed(
+        self, state: Trajectory, work: Work, delivery: Delivery, error: HopFailed
+    ) -> None:
+        """Try again a few times, then put the message aside; the dispatcher ends the trajectory."""
+        process = self._process
+        failures = work.failures + 1
+        log.warning("hop failed", trajectory=state.id, failures=failures, error=str(error))
+        if failures < process.recipe.deadlines.handler_failures:
+            await asyncio.sleep(_RETRY_DELAY_S * failures)
+            await publish_work(process.bus, process.run, state, failures=failures)
+        else:
+            letter = DeadLetter(
+                stage=self._actor.stage,
+                run=process.run,
+                error=error.detail,
+                payload=delivery.payload,
+                trajectory=state.id,
+                seq=state.seq,
+                boundary=error.boundary,
+                code=error.code,
+                replica=process.replica,
+            )
+            await publish_dead(process.bus, letter)
+        await delivery.done()

@@ -1,0 +1,106 @@
+"""Recipes from TOML: read, override, check."""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from actors.errors import RecipeError
+from schemas.recipe import Recipe
+
+_UNKNOWN = re.compile(r"Object contains unknown field `([^`]+)`(?: - at `\$\.?([^`]*)`)?")
+_AT = re.compile(r"(.*?) - at `\$\.?([^`]*)`$")
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key=value` overrides. Raises RecipeError."""
+    try:
+        tables: dict[str, Any] = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise RecipeError(str(path), "", error.strerror or str(error)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), "", f"not TOML: {error}") from error
+    for override in overrides:
+        _override(tables, override)
+    recipe = _convert(tables, str(path))
+    _check(recipe, str(path))
+    return recipe if recipe.name else msgspec.structs.replace(recipe, name=path.stem)
+
+
+def _override(tables: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError("--set", override, "write key=value, e.g. learner.steps=20")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *sections, last = key.split(".")
+    table = tables
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise RecipeError("--set", key, f"{section} is not a table")
+    table[last] = value
+
+
+def _convert(tables: dict[str, Any], where: str) -> Recipe:
+    try:
+        return msgspec.convert(tables, Recipe)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        if unknown := _UNKNOWN.match(message):
+            name, section = unknown[1], unknown[2] or ""
+            key = f"{section}.{name}" if section else name
+            raise RecipeError(where, key, f"no such key{_hint(section, name)}") from error
+        if at := _AT.match(message):
+            raise RecipeError(where, at[2], at[1]) from error
+        raise RecipeError(where, "", message) from error
+
+
+def _hint(section: str, name: str) -> str:
+    table: Any = Recipe
+    if section:
+        fields = {field.name: field.type for field in msgspec.structs.fields(Recipe)}
+        table = fields.get(section, Recipe)
+    known = [field.name for field in msgspec.structs.fields(table)]
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    """What types alone cannot say."""
+    for section, table in (("data", recipe.data), ("evaluation", recipe.evaluation)):
+        if table.path and table.rows:
+            raise RecipeError(where, f"{section}.path", f"give it or {section}.rows, not both")
+    if not (recipe.data.path or recipe.data.rows) and recipe.learner.steps:
+        raise RecipeError(where, "data.path", "no tasks: give it or data.rows")
+    if recipe.cold_start.steps and not recipe.cold_start.demonstrations:
+        raise RecipeError(where, "cold_start.demonstrations", "cold_start.steps needs it")
+    if recipe.generator.engine == "scripted" and not recipe.generator.script:
+        raise RecipeError(where, "generator.script", "the scripted engine needs it")
+    if recipe.learner.ratio_min >= 1:
+        raise RecipeError(where, "learner.ratio_min", "must be below 1")
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as resolved, every key written out; reads back equal."""
+    tables = msgspec.to_builtins(recipe)
+    scalars = {key: value for key, value in tables.items() if not isinstance(value, dict)}
+    lines = [f"{key} = {_toml(value)}" for key, value in scalars.items()]
+    for name, table in tables.items():
+        if isinstance(table, dict):
+            lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        pairs = (f"{_toml(key)} = {_toml(item)}" for key, item in value.items())
+        return "{" + ", ".join(pairs) + "}"
+    # a JSON string, number, boolean or list of these is TOML as it stands
+    return msgspec.json.encode(value).decode()

@@ -1,0 +1,76 @@
+"""One replica of one role: `python -m actors.replica ROLE RUN`, with the endpoint in its environment.
+
+Exit status: 0 done or drained, 2 a recipe that cannot be run (not worth a restart), 75 the link was lost for good.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+
+import msgspec
+import structlog
+import uvloop
+
+from actors.errors import UserError
+from actors.process import join
+from actors.roles import ROLES
+from bus.connection import Endpoint
+from bus.errors import BusError
+from schemas.messages import RoleName
+
+ENDPOINT_VARIABLE = "ACTORS_ENDPOINT"
+LOST_LINK = 75
+"""Exit status: temporary failure, in the sense of sysexits.h."""
+
+log = structlog.get_logger()
+
+
+def set_up_logging() -> None:
+    """JSON lines on stderr."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.dict_tracebacks,
+            structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+async def run_replica(role: RoleName, run: str, endpoint: Endpoint) -> int:
+    """Serve a role until told to stop or the run ends; returns the exit status."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stopping.set)
+    loop.add_signal_handler(signal.SIGINT, stopping.set)
+    async with join(endpoint, run, role, stopping) as process:
+        structlog.contextvars.bind_contextvars(replica=process.replica)
+        log.info("started", run=run)
+        await ROLES[role](process)
+        log.info("stopped")
+        return LOST_LINK if process.bus.closed.is_set() else 0
+
+
+def main() -> None:
+    """The entry point of a child process."""
+    set_up_logging()
+    _, role, run = sys.argv
+    endpoint = msgspec.json.decode(os.environ.pop(ENDPOINT_VARIABLE), type=Endpoint)
+    try:
+        status = uvloop.run(run_replica(role, run, endpoint))  # type: ignore[arg-type]
+    except UserError as error:
+        log.error("cannot run", error=str(error))
+        status = 2
+    except BusError as error:
+        log.error("bus", error=str(error))
+        status = LOST_LINK
+    # threads of libraries may still run; everything of ours is closed by now
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""`actors train`: one run on this machine, from its server to its report."""
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+
+from actors.errors import UserError
+from actors.fleet import Fleet
+from actors.process import opened
+from actors.progress import Progress
+from actors.recipe import to_toml
+from actors.report import Report
+from actors.run_folder import RunFolder
+from actors.supervisor import Supervisor
+from bus import subjects
+from bus.connection import Bus, Endpoint, connect
+from bus.embedded import EmbeddedServer
+from bus.log import Log, open_log
+from bus.provision import provision
+from schemas.events import Ended, Opened, Stopping
+from schemas.messages import RoleName
+from schemas.recipe import Recipe
+
+INTERRUPTED = 130
+"""Exit status of a run that was told to stop and can be resumed."""
+
+
+async def train(recipe: Recipe, recipe_dir: str, run: str, nats_url: str, console: Console) -> int:
+    """Start or resume a run and stay until it ends or is told to stop. Returns the exit status."""
+    folder = RunFolder(run)
+    if folder.live():
+        raise UserError(f"run {run!r} is alive already: watch it with `actors tail --run {run}`")
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as stack:
+        endpoint = await stack.enter_async_context(_server(folder, nats_url, stop))
+        bus = await stack.enter_async_context(connect(endpoint, f"supervisor {run}"))
+        run_log = await stack.enter_async_context(open_log(bus, run))
+        await provision(bus, run, recipe.tools.names)
+        after = await _open(run_log, recipe, recipe_dir)
+        (folder.path / "recipe.toml").write_text(to_toml(recipe))
+        folder.write_endpoint(endpoint)
+        stack.callback(folder.remove_endpoint)
+        run_ = Run(recipe, run, folder, endpoint, console)
+        return await run_.supervise(bus, run_log, after, stop)
+
+
+@asynccontextmanager
+async def _server(folder: RunFolder, nats_url: str, stop: asyncio.Event) -> AsyncIterator[Endpoint]:
+    """The server given, or one of our own that is started again when it dies."""
+    if nats_url:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        yield Endpoint(url=nats_url)
+        return
+    server = EmbeddedServer(folder.nats)
+    server.start()
+    keeper = asyncio.create_task(_keep_server(server, stop), name="keep nats-server")
+    try:
+        yield server.endpoint
+    finally:
+        keeper.cancel()
+        with suppress(asyncio.CancelledError):
+            await keeper
+        server.stop()
+
+
+async def _keep_server(server: EmbeddedServer, stop: asyncio.Event) -> None:
+    while not stop.is_set():
+        await server.wait()
+        server.start()
+
+
+async def _open(run_log: Log, recipe: Recipe, recipe_dir: str) -> int:
+    """Make sure that the log begins with this recipe; returns the last sequence of what went before.
+
+    Raises UserError for a run that has ended.
+    """
+    after = 0
+    before = await opened(run_log)
+    async for stored in run_log.read(subjects.run_event(run_log.run)):
+        after = stored.seq
+        if isinstance(stored.event, Ended):
+            raise UserError(f"run {run_log.run!r} has ended: choose another --run name")
+    if before is None or (before.recipe, before.recipe_dir) != (recipe, recipe_dir):
+        event = Opened(replica="supervisor", recipe=recipe, recipe_dir=recipe_dir)
+        after = await run_log.append_run(event)
+    return after
+
+
+class Run:
+    """A run that is being supervised."""
+
+    def __init__(
+        self, recipe: Recipe, run: str, folder: RunFolder, endpoint: Endpoint, console: Console
+    ) -> None:
+        self._recipe = recipe
+        self._folder = folder
+        self._console = console
+        self._run = run
+        self._report = Report(folder.path)
+        self._supervisor = Supervisor(run, endpoint, folder.logs, recipe.deadlines.drain_s)
+        self._begun_s = time.monotonic()
+        self._fleet = Fleet()
+        self._ended = False
+
+    async def supervise(self, bus: Bus, run_log: Log, after: int, stop: asyncio.Event) -> int:
+        """Keep the replicas alive until the run ends or must stop; returns the exit status."""
+        self._console.print(f"run {self._run} in {self._folder.path}/", highlight=False)
+        await self._fleet.hear(bus, self._run)
+        replicas = self._recipe.replicas
+        counts: dict[RoleName, int] = {
+            "dispatcher": 1,
+            "generator": replicas.generator,
+            "toolbox": replicas.toolbox,
+            "scorer": replicas.scorer,
+            "learner": 1,
+        }
+        with Progress(self._run, self._recipe, self._console) as progress:
+            keepers = {
+                role: asyncio.create_task(self._supervisor.keep(role, count), name=f"keep {role}")
+                for role, count in counts.items()
+            }
+            watch = asyncio.create_task(self._watch(run_log, progress, after), name="watch")
+            stopped = asyncio.create_task(stop.wait(), name="stop")
+            try:
+                ended = await self._until_over(keepers, watch, stopped)
+            finally:
+                await self._supervisor.stop()
+                tasks = (*keepers.values(), watch, stopped)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+                self._report.close()
+        self._say_summary(ended)
+        return 0 if ended else INTERRUPTED
+
+    async def _until_over(
+        self,
+        keepers: dict[RoleName, asyncio.Task[None]],
+        watch: asyncio.Task[None],
+        stopped: asyncio.Task[bool],
+    ) -> bool:
+        """Wait for the end, which is the learner's: it exports the model. False when told to stop before.
+
+        Raises CrashLoop.
+        """
+        waiting: set[asyncio.Task[Any]] = {*keepers.values(), watch, stopped}
+        while not (watch.done() and keepers["learner"].done()):
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            if stopped in done or (watch in done and not self._ended):
+                return False
+        return True
+
+    async def _watch(self, run_log: Log, progress: Progress, after: int) -> None:
+        """Report what the log says until the run ends or is told to stop."""
+        async for found in run_log.follow():
+            progress.fleet = self._fleet.alive()
+            for stored in found:
+                self._report.observe(stored)
+                progress.observe(stored, live=stored.seq > after)
+                if isinstance(stored.event, Ended):
+                    self._ended = True
+                    return
+                if isinstance(stored.event, Stopping) and stored.seq > after:
+                    return
+
+    def _say_summary(self, ended: bool) -> None:
+        say = partial(self._console.print, highlight=False)
+        rows = self._report.rows
+        if rows:
+            last = rows[-5:]
+            mean = sum(row["reward_mean"] for row in last) / len(last)
+            say(
+                f"reward {rows[0]['reward_mean']:.3f} at step 1, {mean:.3f} over the last {len(last)}"
+            )
+        for version, mean in self._report.evaluation_means().items():
+            say(f"held out, version {version}: {mean:.3f}")
+        seconds = time.monotonic() - self._begun_s
+        path = self._folder.path
+        if ended:
+            say(
+                f"done in {seconds:.0f} s: {path}/checkpoint, {path}/metrics.jsonl, {path}/reward.png"
+            )
+        else:
+            say(f"stopped after {seconds:.0f} s; go on with --run {self._run}")

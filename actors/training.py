@@ -1,0 +1,234 @@
+"""Joins the learner to the bus: the write-ahead log, the optimizer step, the weights, in that order.
+
+    step appended → trained → stepped appended → weights published
+
+Killed anywhere in it, the next learner loads the last checkpoint, trains the recorded steps again, with the same
+batches, and goes on. Training runs in a thread; the loop goes on reading the log.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from actors.data import load_function
+from actors.learner import Batch, Planner, step_metrics
+from actors.process import Process
+from actors.run_folder import RunFolder
+from bus import policy, subjects
+from bus.log import Stored
+from learner.checkpoints import latest_checkpoint, prune_checkpoints
+from learner.policy import Policy
+from learner.samples import sample_of
+from learner.source import open_model
+from learner.supervised import cold_start
+from schemas.events import AnyLearnerEvent, Ended, Stepped, Warmed
+from schemas.messages import WeightsPointer
+
+log = structlog.get_logger()
+
+NAME = "main"
+"""This learner's name in the log."""
+
+_CHECKPOINTS_KEPT = 2
+
+
+class Training:
+    """One learner process."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._recipe = process.recipe
+        self._folder = RunFolder(process.run)
+        self._policy: Policy
+        self._planner: Planner
+        self._assets = ""
+        self._version = -1
+        """What the policy in memory is."""
+        self._published = -1
+        """The newest version that others know; steps trained again are not published again."""
+        self._waited_s: float | None = None
+
+    async def serve(self) -> None:
+        """Make version 0 or recover, then train until the run ends or we are told to stop."""
+        process = self._process
+        process.vitals.phase = "loading the model"
+        source = await asyncio.to_thread(self._model_folder)
+        self._policy = await asyncio.to_thread(Policy.open, source, self._recipe)
+        self._assets = await policy.publish_assets(process.bus, self._policy.assets())
+        checkpoint = latest_checkpoint(self._folder.checkpoints)
+        self._planner = Planner(self._recipe, checkpoint[0] if checkpoint else 0, process.replica)
+        self._planner.seq = await self._last_seq()
+        pointer = await policy.current(process.bus, process.run)
+        if checkpoint is not None:
+            await asyncio.to_thread(self._policy.load_checkpoint, checkpoint[1])
+            self._version = checkpoint[0]
+        elif not await self._cold_start():
+            return
+        self._published = pointer.policy_version if pointer else -1
+        await self._publish(self._version, self._policy.weights())
+        process.vitals.phase = "waiting for groups"
+        self._planner.seq = 0
+        await self._train()
+
+    def _model_folder(self) -> Path:
+        """The Hugging Face folder to start from; a model source writes it once per run."""
+        name = self._recipe.policy.model
+        if ":" in name and not Path(name).exists():
+            folder = self._folder.path / "model"
+            if not (folder / "config.json").exists():
+                load_function(name, "policy.model", self._process.recipe_dir)(folder)
+            return folder
+        return open_model(name)
+
+    async def _last_seq(self) -> int:
+        seq = 0
+        async for stored in self._process.log.read(subjects.learner(self._process.run, NAME)):
+            seq = stored.seq
+        return seq
+
+    async def _append(self, event: AnyLearnerEvent) -> None:
+        seq = await self._process.log.append_learner(NAME, event, self._planner.seq)
+        self._planner.observe(event, seq, time.time())
+
+    # -- version 0 ---------------------------------------------------------------------------------
+
+    async def _cold_start(self) -> bool:
+        """Supervised fine-tuning; its result is version 0. False when told to stop in the middle."""
+        config, vitals = self._recipe.cold_start, self._process.vitals
+        if config.steps:
+            vitals.phase = f"cold start 0/{config.steps}"
+            make = load_function(
+                config.demonstrations, "cold_start.demonstrations", self._process.recipe_dir
+            )
+            rows = cold_start(self._policy, make(self._recipe.seed), config)
+            while (row := await asyncio.to_thread(next, rows, None)) is not None:
+                step = int(row["step"])
+                vitals.phase = f"cold start {step}/{config.steps}"
+                await self._append(
+                    Warmed(
+                        replica=self._process.replica, step=step, steps=config.steps, metrics=row
+                    )
+                )
+                if self._process.stopping.is_set():
+                    return False
+        self._version = 0
+        await self._checkpoint(0)
+        return True
+
+    # -- versions 1, 2, … --------------------------------------------------------------------------
+
+    async def _train(self) -> None:
+        async for found in self._log():
+            for stored in found:
+                self._planner.observe(stored.event, stored.seq, stored.time_s)
+                if isinstance(stored.event, Ended):
+                    await self._finish()
+                    return
+            if not found:
+                await self._step()
+            if self._process.stopping.is_set():
+                return
+
+    def _log(self) -> AsyncIterator[list[Stored]]:
+        return self._process.log.follow()
+
+    async def _step(self) -> None:
+        """Train what can be trained now. Called at the end of what is stored."""
+        planner = self._planner
+        for number in sorted(planner.batches):
+            if not self._process.stopping.is_set():
+                await self._train_batch(planner.batches.pop(number))
+        for event in planner.filters(self._version):
+            await self._append(event)
+        step = planner.plan(self._version)
+        if step is None or self._must_wait():
+            return
+        await self._append(step)
+        await self._train_batch(planner.batches.pop(step.step))
+
+    def _must_wait(self) -> bool:
+        """Whether live trajectories that this step would make too stale are still worth waiting for."""
+        if not self._planner.stragglers(self._version):
+            self._waited_s = None
+            return False
+        now = time.monotonic()
+        self._waited_s = self._waited_s or now
+        if now - self._waited_s < self._recipe.asynchrony.straggler_wait_s:
+            self._process.vitals.phase = "waiting for stragglers"
+            return True
+        self._waited_s = None
+        return False
+
+    async def _train_batch(self, batch: Batch) -> None:
+        """The optimizer step and all that follows it; a step recorded before is trained again."""
+        number = batch.step.step
+        self._process.vitals.phase = f"step {number}/{self._recipe.learner.steps}"
+        begun = time.monotonic()
+        groups = [[sample_of(member) for member in group] for group in batch.groups]
+        trained = await asyncio.to_thread(self._policy.train_step, groups, number)
+        train_s = time.monotonic() - begun
+        weights = await asyncio.to_thread(self._policy.weights)
+        recorded = self._planner.stepped.get(number)
+        sha256 = hashlib.sha256(weights).hexdigest()
+        if recorded is None:
+            await self._append(
+                Stepped(
+                    replica=self._process.replica,
+                    step=number,
+                    policy_version=number,
+                    weights_sha256=sha256,
+                    metrics=self._row(batch, trained, train_s),
+                )
+            )
+        elif recorded.weights_sha256 != sha256:
+            log.warning("step trained again gave other weights", step=number)
+        await self._publish(number, weights)
+        if number % self._recipe.learner.checkpoint_every_steps == 0 or self._is_last(number):
+            await self._checkpoint(number)
+        self._process.vitals.phase = "waiting for groups"
+
+    def _is_last(self, number: int) -> bool:
+        return number == self._recipe.learner.steps
+
+    def _row(self, batch: Batch, trained: dict[str, float], train_s: float) -> dict[str, Any]:
+        """One row of metrics.jsonl."""
+        planner = self._planner
+        step_s = max(1e-9, time.time() - planner.since_s)
+        return {
+            "step": batch.step.step,
+            "policy_version": batch.step.step,
+            **step_metrics(batch),
+            **trained,
+            "failed_by_cause": dict(planner.failed_by_cause),
+            "gen_tokens_per_s": planner.sampled_tokens / step_s,
+            "train_tokens_per_s": trained["train_tokens"] / train_s,
+            "train_s": train_s,
+            "step_s": step_s,
+        }
+
+    async def _publish(self, version: int, weights: bytes) -> None:
+        self._version = self._process.vitals.policy_version = version
+        if version <= self._published:
+            return
+        pointer = WeightsPointer(
+            policy_version=version,
+            weights_sha256=hashlib.sha256(weights).hexdigest(),
+            assets_sha256=self._assets,
+        )
+        await policy.publish_policy(self._process.bus, self._process.run, pointer, weights)
+        self._published = version
+
+    async def _checkpoint(self, step: int) -> None:
+        folder = self._folder.checkpoints
+        await asyncio.to_thread(self._policy.save_checkpoint, folder / f"{step:06d}", step)
+        prune_checkpoints(folder, _CHECKPOINTS_KEPT)
+
+    async def _finish(self) -> None:
+        """Leave the trained model as an ordinary Hugging Face folder."""
+        self._process.vitals.phase = "exporting"
+        await asyncio.to_thread(self._policy.export, self._folder.path / "checkpoint")

@@ -1,0 +1,15 @@
+"""How it travels: subjects and bytes. Knows no actor; NATS is spoken in this folder only.
+
+subjects    THE TABLE: read it first
+errors      what can go wrong, as a tree
+codec       messages ↔ msgpack
+connection  one process's link to the server
+provision   makes streams and consumers; nothing else does
+log         append with the commit rule, read, follow
+work        wake-ups: publish, take, acknowledge
+store       key-value buckets, objects by content hash
+policy      which weights are current
+private     the part of a task that scorers only may read
+lease       who is the one that acts
+embedded    a nats-server of our own
+"""

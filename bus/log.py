@@ -1,0 +1,287 @@
+"""The log: the truth of a run. Append with the commit rule, read one trajectory, follow everything.
+
+Readers use batched direct gets, which need no consumer and keep no state at the server: a reader that falls behind,
+dies or meets a restarted server goes on from the sequence it has.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from datetime import datetime
+from typing import NamedTuple, TypeVar
+
+import structlog
+from nats.aio.subscription import Subscription
+from nats.errors import Error as NatsError
+
+from bus import subjects
+from bus.codec import decode, encode
+from bus.connection import Bus, Message, wait
+from bus.errors import BadMessage, Conflict, Unavailable
+from schemas.events import (
+    AnyEvent,
+    AnyLearnerEvent,
+    AnyRunEvent,
+    AnyTrajectoryEvent,
+    TrajectoryEvent,
+)
+from schemas.messages import DeadLetter
+from schemas.trajectory import Trajectory, fold
+
+log = structlog.get_logger()
+
+_BATCH = 512
+_ANSWER_S = 2.0
+_POLL_S = 1.0
+"""A follower looks this often even when no hint comes: hints are core messages and may be lost."""
+
+T = TypeVar("T")
+
+
+class Stored(NamedTuple):
+    """An event as the log has it."""
+
+    seq: int
+    time_s: float
+    """Server time when it was stored, in seconds since the epoch."""
+    subject: str
+    event: AnyEvent
+
+
+class Raw(NamedTuple):
+    """A stored message, not yet read."""
+
+    seq: int
+    time_s: float
+    subject: str
+    data: bytes
+
+
+def _raw(message: Message) -> Raw:
+    headers = message.headers or {}
+    stamp = headers["Nats-Time-Stamp"]
+    # fromisoformat takes six digits of the server's nine
+    time_s = datetime.fromisoformat(f"{stamp[:26].rstrip('Z').ljust(26, '0')}+00:00").timestamp()
+    return Raw(int(headers["Nats-Sequence"]), time_s, headers["Nats-Subject"], message.data)
+
+
+class StreamReader:
+    """Reads one stream by batched direct gets. Made by `open_reader`."""
+
+    def __init__(self, bus: Bus, stream: str, inbox: Subscription, address: str) -> None:
+        self._bus = bus
+        self._stream = stream
+        self._inbox = inbox
+        self._address = address
+        self._request = 0
+
+    async def batch(self, subject: str, after: int) -> tuple[list[Raw], bool]:
+        """The next messages after a sequence, and whether more are there already.
+
+        Raises Unavailable when the server does not answer in time.
+        """
+        self._request += 1
+        reply = f"{self._address}.{self._request}"
+        query = json.dumps({"seq": after + 1, "batch": _BATCH, "next_by_subj": subject}).encode()
+        found: list[Raw] = []
+        try:
+            await self._bus.client.publish(f"$JS.API.DIRECT.GET.{self._stream}", query, reply=reply)
+            while True:
+                message = await self._inbox.next_msg(timeout=_ANSWER_S)
+                if message.subject != reply:
+                    continue  # a late answer to a request given up
+                headers = message.headers or {}
+                status = headers.get("Status")
+                if status is None:
+                    found.append(_raw(message))
+                elif status == "204":
+                    return found, int(headers.get("Nats-Num-Pending", "0")) > 0
+                elif status == "404":
+                    return found, False
+                else:
+                    raise Unavailable(subject, f"status {status}")
+        except (NatsError, TimeoutError) as error:
+            if found:
+                return found, True
+            raise Unavailable(subject, repr(error)) from error
+
+    async def read(self, subject: str, after: int = 0) -> AsyncIterator[Raw]:
+        """Everything stored now after a sequence, in order."""
+        more = True
+        while more:
+            found, more = await self.batch(subject, after)
+            for raw in found:
+                after = raw.seq
+                yield raw
+
+    async def follow(
+        self, subject: str, after: int = 0, hints: asyncio.Event | None = None
+    ) -> AsyncIterator[list[Raw]]:
+        """Everything after a sequence and then what comes, in order, in lists; never ends.
+
+        An empty list says that the end of what is stored was reached, and comes at least once a second.
+        """
+        hint = hints or asyncio.Event()
+
+        async def wake(_: Message) -> None:
+            hint.set()
+
+        await self._bus.subscribe(subject, wake)
+        while not self._bus.closed.is_set():
+            hint.clear()
+            try:
+                found, more = await self.batch(subject, after)
+            except Unavailable as error:
+                log.warning("log not readable; trying again", error=str(error))
+                await asyncio.sleep(_POLL_S)
+                continue
+            if found:
+                after = found[-1].seq
+                yield found
+            if not more:
+                yield []
+                await wait(hint, _POLL_S)
+
+
+@asynccontextmanager
+async def open_reader(bus: Bus, stream: str) -> AsyncIterator[StreamReader]:
+    """A reader of one stream, with an inbox of its own."""
+    address = bus.client.new_inbox()
+    inbox = await bus.client.subscribe(f"{address}.*", pending_msgs_limit=0, pending_bytes_limit=0)
+    try:
+        yield StreamReader(bus, stream, inbox, address)
+    finally:
+        with suppress(NatsError):
+            await inbox.unsubscribe()
+
+
+def read_event(raw: Raw) -> AnyEvent:
+    """The event, if subject, kind and schema agree. Raises BadMessage otherwise."""
+    event: AnyEvent = decode(raw.data, AnyEvent, raw.subject)
+    part = raw.subject.split(".")
+    if part[-1] != event.kind:
+        raise BadMessage(raw.subject, f"holds a {event.kind!r}", raw.data)
+    expected = {"t": AnyTrajectoryEvent, "l": AnyLearnerEvent, "r": AnyRunEvent}.get(part[2])
+    if expected is None or not isinstance(event, expected):
+        raise BadMessage(raw.subject, f"is no place for a {event.kind!r}", raw.data)
+    if isinstance(event, TrajectoryEvent) and part[3] != event.trajectory:
+        raise BadMessage(raw.subject, f"holds an event of {event.trajectory}", raw.data)
+    return event
+
+
+class Log:
+    """One run's log."""
+
+    def __init__(self, bus: Bus, run: str, reader: StreamReader) -> None:
+        self._bus = bus
+        self._reader = reader
+        self.run = run
+        self.junk = 0
+        """Stored messages that no event could be read from; they are skipped."""
+
+    async def append(self, event: AnyTrajectoryEvent, after: int) -> int:
+        """Append, if `after` is still the last sequence of the event's trajectory (0: it has none).
+
+        Returns the new sequence. Raises Conflict when the trajectory has moved, Unavailable.
+        """
+        return await self._append(
+            subjects.trajectory(self.run, event.trajectory, event.kind),
+            subjects.trajectory(self.run, event.trajectory),
+            event,
+            after,
+        )
+
+    async def append_learner(self, name: str, event: AnyLearnerEvent, after: int) -> int:
+        """Append to a learner's write-ahead log; a Conflict says that another learner has taken over."""
+        return await self._append(
+            subjects.learner(self.run, name, event.kind),
+            subjects.learner(self.run, name),
+            event,
+            after,
+        )
+
+    async def append_run(self, event: AnyRunEvent) -> int:
+        """Append a fact of the run itself; the order among writers does not matter."""
+        return await self._bus.store(subjects.run_event(self.run, event.kind), encode(event))
+
+    async def _append(self, subject: str, scope: str, event: AnyEvent, after: int) -> int:
+        data = encode(event)
+        headers = {
+            "Nats-Expected-Last-Subject-Sequence": str(after),
+            "Nats-Expected-Last-Subject-Sequence-Subject": scope,
+        }
+        try:
+            return await self._bus.store(subject, data, headers)
+        except Conflict:
+            # our own first try may have been stored though its confirmation was lost
+            last = [raw async for raw in self._reader.read(scope, after)]
+            if last and last[0].data == data and last[0].subject == subject:
+                return last[0].seq
+            raise
+
+    async def trajectory(self, trajectory_id: str) -> Trajectory | None:
+        """One trajectory folded from its events; None when it was never admitted."""
+        state: Trajectory | None = None
+        async with open_reader(self._bus, subjects.LOG_STREAM) as reader:
+            async for stored in self._events(
+                reader.read(subjects.trajectory(self.run, trajectory_id))
+            ):
+                state = fold_stored(state, stored)
+        return state
+
+    async def last_seq(self) -> int:
+        """The last sequence of the run; 0 when it has none."""
+        answer = await self._bus.request(f"$JS.API.STREAM.INFO.{subjects.LOG_STREAM}", b"")
+        return int(json.loads(answer.data)["state"]["last_seq"])
+
+    async def read(self, subject: str = "", after: int = 0) -> AsyncIterator[Stored]:
+        """Everything in the log now, in order."""
+        async for stored in self._events(
+            self._reader.read(subject or subjects.log(self.run), after)
+        ):
+            yield stored
+
+    async def follow(self, after: int = 0, subject: str = "") -> AsyncIterator[list[Stored]]:
+        """Everything in the log and then what comes; an empty list whenever the end is reached."""
+        async for found in self._reader.follow(subject or subjects.log(self.run), after):
+            yield [stored for raw in found if (stored := self._stored(raw)) is not None]
+
+    async def _events(self, source: AsyncIterator[Raw]) -> AsyncIterator[Stored]:
+        async for raw in source:
+            stored = self._stored(raw)
+            if stored is not None:
+                yield stored
+
+    def _stored(self, raw: Raw) -> Stored | None:
+        try:
+            return Stored(raw.seq, raw.time_s, raw.subject, read_event(raw))
+        except BadMessage as error:
+            self.junk += 1
+            log.warning("junk in the log; skipped", seq=raw.seq, error=str(error))
+            return None
+
+
+def fold_stored(state: Trajectory | None, stored: Stored) -> Trajectory | None:
+    """`fold` for a reader of the log: an event that cannot follow is junk, skipped with a warning."""
+    event = stored.event
+    assert isinstance(event, TrajectoryEvent)
+    try:
+        return fold(state, event, stored.seq)
+    except ValueError as error:
+        log.warning("junk in the log; skipped", seq=stored.seq, error=str(error))
+        return state
+
+
+@asynccontextmanager
+async def open_log(bus: Bus, run: str) -> AsyncIterator[Log]:
+    """One run's log, with a reader of its own."""
+    async with open_reader(bus, subjects.LOG_STREAM) as reader:
+        yield Log(bus, run, reader)
+
+
+async def follow_dead(bus: Bus, run: str, after: int = 0) -> AsyncIterator[list[DeadLetter]]:
+    """Dead letters of a run, as they come."""
+    async with open_reader(bus, subjects.DEAD_STREAM) as reader:
+        async for found in reader.follow(subjects.dead("*", run), after):
+            yield [decode(raw.data, DeadLetter, raw.subject) for raw in found]

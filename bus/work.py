@@ -1,0 +1,226 @@
+"""Wake-ups: one durable work queue per (stage, run[, tool]), pulled by every replica of the stage.
+
+A queue keeps one inbox for life and asks for as many messages as it has free slots, so that no answer is ever an
+orphan (nats-py issue 986: `fetch(batch>1)` stalls on them). Losing an acknowledgement costs a redelivery, which the
+commit rule of the log makes harmless.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+
+from nats.errors import Error as NatsError
+
+from bus import subjects
+from bus.codec import decode, encode
+from bus.connection import Bus, Message, wait
+from bus.provision import ACK_WAIT_S
+from bus.subjects import Stage
+from schemas.messages import DeadLetter, Work
+from schemas.trajectory import Trajectory
+
+STATE_LIMIT_BYTES = 512 << 10
+"""A work message above it carries the sequence only."""
+
+_PULL_EXPIRES_S = 5.0
+_IDLE_HEARTBEAT_S = 1.0
+
+
+def work_message(state: Trajectory, failures: int = 0) -> bytes:
+    """The wake-up for a trajectory's next hop."""
+    data = encode(Work(trajectory=state.id, seq=state.seq, state=state, failures=failures))
+    if len(data) > STATE_LIMIT_BYTES:
+        data = encode(Work(trajectory=state.id, seq=state.seq, failures=failures))
+    return data
+
+
+async def publish_work(bus: Bus, run: str, state: Trajectory, *, failures: int = 0) -> None:
+    """Wake the stage of the trajectory's next hop, if it has one."""
+    hop = state.next_hop
+    if hop is None:
+        return
+    stage: Stage = hop.stage  # type: ignore[assignment]
+    # the id damps the echo of two replicas that publish the same hop; the sweep sends without one
+    headers = {"Nats-Msg-Id": f"{run}.{state.id}.{state.seq}.{failures}"}
+    await bus.store(subjects.work(stage, run, hop.tool), work_message(state, failures), headers)
+
+
+async def publish_again(bus: Bus, run: str, state: Trajectory) -> None:
+    """The sweep's wake-up: never taken for a duplicate."""
+    hop = state.next_hop
+    if hop is not None:
+        stage: Stage = hop.stage  # type: ignore[assignment]
+        await bus.store(subjects.work(stage, run, hop.tool), work_message(state))
+
+
+async def publish_dead(bus: Bus, letter: DeadLetter) -> None:
+    """Put a message aside, with why."""
+    await bus.store(subjects.dead(letter.stage, letter.run), encode(letter))
+
+
+class Delivery:
+    """One message taken from a queue; it must be finished by `done` or `give_back`."""
+
+    def __init__(self, queue: "WorkQueue", message: Message) -> None:
+        self._queue = queue
+        self._message = message
+        self.payload = message.data
+        self.subject = message.subject
+        self.redelivered = message.metadata.num_delivered > 1
+
+    def work(self) -> Work:
+        """What it says. Raises BadMessage."""
+        return decode(self.payload, Work, self.subject)
+
+    async def done(self) -> None:
+        """It never comes again."""
+        await self._finish(self._message.ack())
+
+    async def give_back(self, delay_s: float = 0.0) -> None:
+        """Another replica, or this one later, takes it."""
+        await self._finish(self._message.nak(delay=delay_s or None))
+
+    async def keep(self) -> None:
+        """Tell the server that it is still being worked on."""
+        with suppress(NatsError):
+            await self._message.in_progress()
+
+    async def _finish(self, acknowledgement: object) -> None:
+        self._queue._release(self)
+        with suppress(
+            NatsError
+        ):  # unknown outcome: a redelivery, which finds that the log has moved
+            await acknowledgement  # type: ignore[misc]
+
+
+class WorkQueue:
+    """Takes a stage's messages, at most `slots` at a time. Made by `open_queue`."""
+
+    def __init__(self, bus: Bus, stream: str, durable: str, slots: int) -> None:
+        self._bus = bus
+        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}"
+        self._slots = slots
+        self._address = bus.client.new_inbox()
+        self._asked = 0
+        """Messages asked for that have neither come nor been declined."""
+        self._arrived: asyncio.Queue[Message] = asyncio.Queue()
+        self._wake = asyncio.Event()
+        self._released = asyncio.Event()
+        self._heard_s = 0.0
+        self._draining = False
+        self.held: set[Delivery] = set()
+
+    async def take(self) -> Delivery:
+        """The next message; waits for one and for a free slot."""
+        message = await self._arrived.get()
+        delivery = Delivery(self, message)
+        self.held.add(delivery)
+        return delivery
+
+    def drain(self) -> None:
+        """Ask for no more; what arrives all the same is given back."""
+        self._draining = True
+
+    async def empty(self) -> None:
+        """Until nothing is held."""
+        while self.held:
+            self._released.clear()
+            await self._released.wait()
+
+    def _release(self, delivery: Delivery) -> None:
+        self.held.discard(delivery)
+        self._released.set()
+        self._wake.set()
+
+    async def _on_message(self, message: Message) -> None:
+        self._heard_s = asyncio.get_running_loop().time()
+        headers = message.headers or {}
+        status = headers.get("Status")
+        if status is None:
+            self._asked = max(0, self._asked - 1)
+            if self._draining:
+                with suppress(NatsError):
+                    await message.nak()
+            else:
+                self._arrived.put_nowait(message)
+        elif (
+            status != "100"
+        ):  # 100 is an idle heartbeat; all else ends a request, saying what it owes
+            owed = int(headers.get("Nats-Pending-Messages", self._asked))
+            self._asked = max(0, self._asked - owed)
+            self._wake.set()
+
+    async def _pull(self) -> None:
+        """Ask for as many messages as there are free slots, for ever."""
+        loop = asyncio.get_running_loop()
+        while not self._bus.closed.is_set():
+            self._wake.clear()
+            now = loop.time()
+            if self._asked and now - self._heard_s > 3 * _IDLE_HEARTBEAT_S:
+                self._asked = 0  # the server has forgotten us, or restarted
+            free = self._slots - len(self.held) - self._arrived.qsize() - self._asked
+            if free > 0 and self._asked <= free // 2 and not self._draining:
+                await self._ask(free)
+                self._heard_s = now
+            await wait(self._wake, _IDLE_HEARTBEAT_S)
+
+    async def _ask(self, count: int) -> None:
+        query = {
+            "batch": count,
+            "expires": int(_PULL_EXPIRES_S * 1e9),
+            "idle_heartbeat": int(_IDLE_HEARTBEAT_S * 1e9),
+        }
+        with suppress(NatsError):  # not connected: asked again within a second
+            await self._bus.client.publish(
+                self._subject, json.dumps(query).encode(), reply=self._address
+            )
+            self._asked += count
+
+    async def _keep_alive(self) -> None:
+        """Tell the server of everything held, well before it would deliver it again."""
+        while not self._bus.closed.is_set():
+            await wait(self._bus.closed, ACK_WAIT_S / 3)
+            for delivery in list(self.held):
+                await delivery.keep()
+
+
+@asynccontextmanager
+async def open_queue(
+    bus: Bus, stage: Stage, run: str, tool: str = "", *, slots: int
+) -> AsyncIterator[WorkQueue]:
+    """A stage's queue for as long as the block runs; what is still held then is given back."""
+    queue = WorkQueue(bus, subjects.WORK_STREAMS[stage], subjects.durable(run, tool), slots)
+    inbox = await bus.client.subscribe(
+        queue._address, cb=queue._on_message, pending_msgs_limit=0, pending_bytes_limit=0
+    )
+    tasks = [
+        asyncio.create_task(queue._pull(), name="pull"),
+        asyncio.create_task(queue._keep_alive(), name="keep alive"),
+    ]
+    try:
+        yield queue
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for delivery in list(queue.held):
+            await delivery.give_back()
+        while not queue._arrived.empty():
+            with suppress(NatsError):
+                await queue._arrived.get_nowait().nak()
+        with suppress(NatsError):
+            await inbox.unsubscribe()
+
+
+async def backlog(bus: Bus, run: str, tools: Sequence[str]) -> frozenset[str]:
+    """The stages of a run whose queues hold messages that nobody has taken yet. Raises Unavailable."""
+    queues: list[tuple[Stage, str]] = [("gen", ""), ("score", ""), *(("tool", t) for t in tools)]
+    waiting = set()
+    for stage, tool in queues:
+        stream = subjects.WORK_STREAMS[stage]
+        name = subjects.durable(run, tool)
+        answer = await bus.request(f"$JS.API.CONSUMER.INFO.{stream}.{name}", b"")
+        if json.loads(answer.data).get("num_pending"):
+            waiting.add(stage)
+    return frozenset(waiting)

@@ -1,0 +1,261 @@
+"""What the log holds, in the order it happens. An event says what happened and is never changed.
+
+Of a trajectory, on `log.<run>.t.<trajectory>.<kind>`:
+
+    admitted → turn → result → turn → … → scored            (train)
+                                       … → evaluated          (eval)
+    or it ends in expired, failed or dropped.
+
+Of a learner, on `log.<run>.l.<learner>.<kind>`: warmed*, then filtered* and step → stepped, again and again.
+Of the run, on `log.<run>.r.<kind>`: opened, paused, resumed, stopping, ended.
+
+The kind is a class's name in lower case; it travels as the field `kind` and as the last token of the subject.
+New fields need defaults, and no field changes its type: then old and new processes can talk.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+from schemas.recipe import Recipe
+from schemas.task import PublicPart
+from schemas.tokens import Tokens
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=str.lower):
+    """The base of everything in the log."""
+
+    replica: str = ""
+    """Who made it: `<role>-<host>-<pid>`."""
+
+    @property
+    def kind(self) -> str:
+        """The last token of its subject."""
+        return str(self.__struct_config__.tag)
+
+
+# -- of a trajectory -------------------------------------------------------------------------------
+
+
+class TrajectoryEvent(Event, frozen=True, kw_only=True):
+    """The base of what happens to one trajectory."""
+
+    trajectory: str
+    """`<group>-<member>-<attempt>`."""
+
+
+class Admitted(TrajectoryEvent, frozen=True, kw_only=True):
+    """The dispatcher lets a trajectory begin; everyone reads it."""
+
+    task: str
+    """The id of the data row."""
+    public: PublicPart
+    private_key: str
+    """Where scorers find the row's private part."""
+    purpose: Literal["train", "eval"] = "train"
+    min_policy_version: int = 0
+    """A generator loads at least this version before it samples."""
+    pinned_policy_version: int | None = None
+    """For eval: exactly this version samples."""
+    temperature: float = 1.0
+    seed: int = 0
+    """Derived from the run's seed, the group, the member and the attempt."""
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """One tool call that the policy wrote."""
+
+    tool: str
+    arguments: dict[str, Any]
+
+
+class Turn(TrajectoryEvent, frozen=True, kw_only=True):
+    """A generator's hop: the tokens given since the last turn, then the tokens sampled."""
+
+    tokens: Tokens
+    text: str
+    """What was sampled, decoded for people, parsers and rewards; never tokenised again."""
+    calls: list[Call] = []
+    feedback: str = ""
+    """What the policy is told instead of a result, when its calls could not be read."""
+    finish_reason: Literal["stop", "length", "partial"] = "stop"
+    """`partial`: cut by a drain or a weight policy; another replica goes on from here."""
+    last: bool = False
+    """Nothing follows but the score."""
+
+
+class Started(TrajectoryEvent, frozen=True, kw_only=True):
+    """A toolbox is about to act on the world outside (tools marked `effects="external"`)."""
+
+    turn: int
+    call: int
+
+
+class Result(TrajectoryEvent, frozen=True, kw_only=True):
+    """A toolbox's hop: what one call of the last turn returned. A tool's own error is a result too."""
+
+    turn: int
+    call: int
+    """Indices of the turn and of the call within it."""
+    text: str
+    ok: bool = True
+    """False when the tool reports an error to the policy (an exception, a time-out of its code)."""
+    duration_ms: float = 0.0
+    tier: str = ""
+    """The sandbox tier that ran it."""
+
+
+class Scored(TrajectoryEvent, frozen=True, kw_only=True):
+    """A scorer's hop on a training trajectory. Numbers only, never expected values."""
+
+    reward: float
+    parts: dict[str, float] = {}
+
+
+class Evaluated(TrajectoryEvent, frozen=True, kw_only=True):
+    """A scorer's hop on an evaluation trajectory; terminal."""
+
+    reward: float
+    parts: dict[str, float] = {}
+
+
+class Expired(TrajectoryEvent, frozen=True, kw_only=True):
+    """The dispatcher ends a trajectory too stale to train, or left over at the end of a run; terminal."""
+
+    reason: str
+
+
+Boundary = Literal["engine", "tool", "sandbox", "scorer", "bus", "deadline", "recipe"]
+
+
+class Cause(msgspec.Struct, frozen=True, kw_only=True):
+    """Why infrastructure failed, by the boundary where it did."""
+
+    boundary: Boundary
+    code: str
+    """A short stable name, e.g. `no_workers`."""
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.boundary}.{self.code}"
+
+
+class Failed(TrajectoryEvent, frozen=True, kw_only=True):
+    """The dispatcher ends a trajectory that infrastructure broke; never a reward; terminal."""
+
+    cause: Cause
+
+
+class Dropped(TrajectoryEvent, frozen=True, kw_only=True):
+    """The dispatcher ends a member of a group that cannot be completed; terminal."""
+
+    reason: str
+
+
+# -- of a learner ----------------------------------------------------------------------------------
+
+
+class Warmed(Event, frozen=True, kw_only=True):
+    """A stretch of the supervised cold start, for its metric rows."""
+
+    step: int
+    steps: int
+    metrics: dict[str, float]
+
+
+class Filtered(Event, frozen=True, kw_only=True):
+    """A complete group that will not be trained; the dispatcher fills its slot again."""
+
+    group: str
+    reason: Literal["zero_variance", "stale", "surplus"]
+    trajectories: list[str]
+
+
+class Step(Event, frozen=True, kw_only=True):
+    """Appended *before* the optimizer step: everything needed to do it again."""
+
+    step: int
+    """1 for the first."""
+    start_version: int
+    """The policy version that the step updates."""
+    trajectories: list[str]
+    """In batch order, members of a group side by side."""
+    filtered: list[str] = []
+    """Groups filtered since the last step; each has its own `filtered` event."""
+    seed: int = 0
+    threads: int = 1
+
+
+class Stepped(Event, frozen=True, kw_only=True):
+    """Appended after the optimizer step and before the weights are published."""
+
+    step: int
+    policy_version: int
+    """The version that the step made."""
+    weights_sha256: str
+    metrics: dict[str, Any]
+    """One row of metrics.jsonl."""
+
+
+# -- of the run ------------------------------------------------------------------------------------
+
+
+class Opened(Event, frozen=True, kw_only=True):
+    """The first event of a run: the recipe as resolved. A later one is a resume with changes."""
+
+    recipe: Recipe
+    recipe_dir: str = ""
+    """Where `module:function` names of the recipe are looked up, besides the import path."""
+
+
+class Paused(Event, frozen=True, kw_only=True):
+    """Stop admitting; what is in flight goes on."""
+
+
+class Resumed(Event, frozen=True, kw_only=True):
+    """Admit again."""
+
+
+class Stopping(Event, frozen=True, kw_only=True):
+    """Drain and stop; `train --run` goes on from here."""
+
+    reason: str
+
+
+class Ended(Event, frozen=True, kw_only=True):
+    """The run reached its end; nothing is admitted any more."""
+
+    reason: str
+
+
+AnyTrajectoryEvent = (
+    Admitted | Turn | Started | Result | Scored | Evaluated | Expired | Failed | Dropped
+)
+AnyLearnerEvent = Warmed | Filtered | Step | Stepped
+AnyRunEvent = Opened | Paused | Resumed | Stopping | Ended
+AnyEvent = AnyTrajectoryEvent | AnyLearnerEvent | AnyRunEvent
+
+TERMINAL = (Evaluated, Expired, Failed, Dropped)
+"""After one of these nothing follows. `Scored` is not among them: it is then trained, filtered or dropped."""
+
+OWNERS: dict[type[Event], str] = {
+    Admitted: "dispatcher",
+    Turn: "generator",
+    Started: "toolbox",
+    Result: "toolbox",
+    Scored: "scorer",
+    Evaluated: "scorer",
+    Expired: "dispatcher",
+    Failed: "dispatcher",
+    Dropped: "dispatcher",
+    Warmed: "learner",
+    Filtered: "learner",
+    Step: "learner",
+    Stepped: "learner",
+    Opened: "supervisor",
+    Paused: "supervisor",
+    Resumed: "supervisor",
+    Stopping: "supervisor",
+    Ended: "dispatcher",
+}
+"""The role that may append each kind."""

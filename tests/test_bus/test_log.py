@@ -1,0 +1,152 @@
+"""The log against a real server: the commit rule, reading, following, junk."""
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from bus import subjects
+from bus.codec import encode
+from bus.connection import Bus
+from bus.embedded import EmbeddedServer
+from bus.errors import Conflict, Unavailable
+from bus.log import Log, Stored, open_log
+from schemas.events import Admitted, Expired, Scored, Step, Stepped, Turn
+from schemas.task import ChatMessage, PublicPart
+from schemas.tokens import Tokens
+
+
+def admitted(trajectory: str = "g0-0-0") -> Admitted:
+    public = PublicPart(messages=[ChatMessage(role="user", content="What is 2 * 3?")])
+    return Admitted(trajectory=trajectory, task="t", public=public, private_key="g0")
+
+
+def turn(text: str = "6", trajectory: str = "g0-0-0") -> Turn:
+    tokens = Tokens.given([1, 2]) + Tokens.sampled([3], [-0.5], [0])
+    return Turn(trajectory=trajectory, tokens=tokens, text=text, last=True)
+
+
+async def test_an_append_needs_the_last_sequence(log: Log) -> None:
+    """The first of two events that expect the same sequence wins; the other is a conflict."""
+    first = await log.append(admitted(), 0)
+    second = await log.append(turn("a"), first)
+    with pytest.raises(Conflict):
+        await log.append(turn("b"), first)
+    with pytest.raises(Conflict):
+        await log.append(Admitted(trajectory="g0-0-0", task="u", public=PublicPart(messages=[]), private_key=""), 0)
+    state = await log.trajectory("g0-0-0")
+    assert state is not None
+    assert (state.seq, state.turn_text) == (second, "a")
+
+
+async def test_an_append_that_was_stored_unnoticed_is_ours(log: Log) -> None:
+    """Sending the very same event again finds it stored, and is no conflict."""
+    first = await log.append(admitted(), 0)
+    stored = await log.append(turn(), first)
+    assert await log.append(turn(), first) == stored
+
+
+async def test_of_many_racing_appends_one_wins(log: Log) -> None:
+    """Thirty replicas that take the same hop at once leave one event."""
+    first = await log.append(admitted(), 0)
+    outcomes = await asyncio.gather(
+        *(log.append(turn(f"replica {i}"), first) for i in range(30)), return_exceptions=True
+    )
+    assert sum(isinstance(outcome, int) for outcome in outcomes) == 1
+    state = await log.trajectory("g0-0-0")
+    assert state is not None
+    assert len(state.turns) == 1
+
+
+async def test_trajectories_do_not_block_each_other(log: Log) -> None:
+    """The expected sequence is the trajectory's own, whatever else is appended."""
+    seqs = [await log.append(admitted(f"g0-{member}-0"), 0) for member in range(5)]
+    for member in reversed(range(5)):
+        await log.append(turn(trajectory=f"g0-{member}-0"), seqs[member])
+
+
+async def test_a_follower_sees_all_in_order_and_what_comes(bus: Bus, log: Log) -> None:
+    """More than one batch of the past, then the present, with no gap and no repeat."""
+    for member in range(700):
+        await log.append(admitted(f"g0-{member}-0"), 0)
+    seen: list[Stored] = []
+    async with open_log(bus, log.run) as reader:
+        appended = False
+        async for found in reader.follow():
+            seen += found
+            if not found and not appended:
+                appended = True
+                for member in range(700, 710):
+                    await log.append(admitted(f"g0-{member}-0"), 0)
+            if len(seen) == 710:
+                break
+    assert [stored.seq for stored in seen] == sorted({stored.seq for stored in seen})
+    assert seen[0].time_s > 1.7e9
+
+
+async def test_a_follower_goes_on_after_the_server_was_killed(
+    server: EmbeddedServer, bus: Bus, log: Log
+) -> None:
+    """SIGKILL and a restart on the same store lose no event and repeat none."""
+    await log.append(admitted("g0-0-0"), 0)
+    seen = []
+    async with open_log(bus, log.run) as reader:
+        async for found in reader.follow():
+            seen += [stored.seq for stored in found]
+            if len(seen) == 1 and not found:
+                os.kill(server.pid, signal.SIGKILL)
+                await server.wait()
+                server.start()
+                await log.append(admitted("g0-1-0"), 0)
+            if len(seen) == 2:
+                break
+    assert len(set(seen)) == 2
+
+
+@pytest.mark.parametrize(
+    ("subject", "data"),
+    [
+        (subjects.trajectory("test", "g0-0-0", "turn"), b"no msgpack"),
+        (subjects.trajectory("test", "g0-0-0", "scored"), encode(turn())),
+        (subjects.trajectory("test", "g0-1-0", "turn"), encode(turn())),
+        (subjects.learner("test", "main", "turn"), encode(turn())),
+        (subjects.trajectory("test", "g0-0-0", "turn"), b"\x91" * 100_000),
+    ],
+    ids=["bytes", "other kind", "other trajectory", "other place", "nested"],
+)
+async def test_junk_is_skipped_and_counted(
+    bus: Bus, log: Log, subject: str, data: bytes
+) -> None:
+    """An event counts only if stored subject, kind and schema agree; junk stops nobody."""
+    await log.append(admitted(), 0)
+    await bus.store(subject, data)
+    kinds = [stored.event.kind async for stored in log.read()]
+    assert kinds == ["admitted"]
+    assert log.junk == 1
+
+
+async def test_an_event_after_the_end_is_junk(bus: Bus, log: Log) -> None:
+    """Whoever writes past the commit rule changes no trajectory."""
+    seq = await log.append(admitted(), 0)
+    await log.append(Expired(trajectory="g0-0-0", reason="test"), seq)
+    await bus.store(subjects.trajectory("test", "g0-0-0", "scored"), encode(Scored(trajectory="g0-0-0", reward=1.0)))
+    state = await log.trajectory("g0-0-0")
+    assert state is not None
+    assert state.scored is None
+
+
+async def test_a_replaced_learner_is_fenced(log: Log) -> None:
+    """A learner that wakes up after another has gone on cannot append."""
+    begun = Step(step=1, start_version=0, trajectories=["g0-0-0"])
+    seq = await log.append_learner("main", begun, 0)
+    await log.append_learner("main", Stepped(step=1, policy_version=1, weights_sha256="", metrics={}), seq)
+    with pytest.raises(Conflict):
+        await log.append_learner("main", Stepped(step=1, policy_version=1, weights_sha256="x", metrics={}), seq)
+
+
+async def test_an_append_without_a_server_says_so(server: EmbeddedServer, bus: Bus) -> None:
+    """No silent wait: past the deadline it is Unavailable, naming the subject."""
+    server.stop()
+    with pytest.raises(Unavailable, match=r"log\.test\.r\.paused"):
+        await bus.store("log.test.r.paused", b"", deadline_s=0.5)
