@@ -9,22 +9,21 @@ batches, and goes on. Training runs in a thread; the loop goes on reading the lo
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from actors.data import load_function
+from actors.errors import RecipeError
 from actors.learner import Batch, Planner, step_metrics
 from actors.process import Process
 from actors.run_folder import RunFolder
 from bus import policy, subjects
-from bus.log import Stored
-from learner.checkpoints import latest_checkpoint, prune_checkpoints
+from engines.chat import Chat
+from learner.checkpoints import checkpoint_path, latest_checkpoint, prune_checkpoints
 from learner.policy import Policy
 from learner.samples import sample_of
-from learner.source import open_model
 from learner.supervised import cold_start
 from schemas.events import AnyLearnerEvent, Ended, Stepped, Warmed
 from schemas.messages import WeightsPointer
@@ -60,36 +59,31 @@ class Training:
         source = await asyncio.to_thread(self._model_folder)
         self._policy = await asyncio.to_thread(Policy.open, source, self._recipe)
         self._assets = await policy.publish_assets(process.bus, self._policy.assets())
-        checkpoint = latest_checkpoint(self._folder.checkpoints)
-        self._planner = Planner(self._recipe, checkpoint[0] if checkpoint else 0, process.replica)
-        self._planner.seq = await self._last_seq()
         pointer = await policy.current(process.bus, process.run)
+        self._published = pointer.policy_version if pointer else -1
+        checkpoint = latest_checkpoint(self._folder.checkpoints)
+        step = 0
         if checkpoint is not None:
-            await asyncio.to_thread(self._policy.load_checkpoint, checkpoint[1])
-            self._version = checkpoint[0]
+            step = await asyncio.to_thread(self._policy.load_checkpoint, checkpoint)
         elif not await self._cold_start():
             return
-        self._published = pointer.policy_version if pointer else -1
-        await self._publish(self._version, self._policy.weights())
+        await self._publish(step, self._policy.weights())
         process.vitals.phase = "waiting for groups"
-        self._planner.seq = 0
+        self._planner = Planner(self._recipe, step, process.replica)
         await self._train()
 
     def _model_folder(self) -> Path:
         """The Hugging Face folder to start from; a model source writes it once per run."""
         name = self._recipe.policy.model
-        if ":" in name and not Path(name).exists():
-            folder = self._folder.path / "model"
-            if not (folder / "config.json").exists():
-                load_function(name, "policy.model", self._process.recipe_dir)(folder)
-            return folder
-        return open_model(name)
-
-    async def _last_seq(self) -> int:
-        seq = 0
-        async for stored in self._process.log.read(subjects.learner(self._process.run, NAME)):
-            seq = stored.seq
-        return seq
+        for folder in (Path(self._process.recipe_dir, name), Path(name)):
+            if folder.is_dir():
+                return folder
+        if ":" not in name:
+            return _download(name)
+        folder = self._folder.path / "model"
+        if not (folder / "config.json").exists():
+            load_function(name, "policy.model", self._process.recipe_dir)(folder)
+        return folder
 
     async def _append(self, event: AnyLearnerEvent) -> None:
         seq = await self._process.log.append_learner(NAME, event, self._planner.seq)
@@ -105,25 +99,27 @@ class Training:
             make = load_function(
                 config.demonstrations, "cold_start.demonstrations", self._process.recipe_dir
             )
-            rows = cold_start(self._policy, make(self._recipe.seed), config)
+            chat = Chat(self._policy.folder)
+            rows = cold_start(self._policy, make(self._recipe.seed), self._recipe, chat)
+            seq = 0
+            async for stored in self._process.log.read(subjects.learner(self._process.run, NAME)):
+                seq = stored.seq
             while (row := await asyncio.to_thread(next, rows, None)) is not None:
                 step = int(row["step"])
                 vitals.phase = f"cold start {step}/{config.steps}"
-                await self._append(
-                    Warmed(
-                        replica=self._process.replica, step=step, steps=config.steps, metrics=row
-                    )
+                event = Warmed(
+                    replica=self._process.replica, step=step, steps=config.steps, metrics=row
                 )
+                seq = await self._process.log.append_learner(NAME, event, seq)
                 if self._process.stopping.is_set():
                     return False
-        self._version = 0
         await self._checkpoint(0)
         return True
 
     # -- versions 1, 2, … --------------------------------------------------------------------------
 
     async def _train(self) -> None:
-        async for found in self._log():
+        async for found in self._process.log.follow():
             for stored in found:
                 self._planner.observe(stored.event, stored.seq, stored.time_s)
                 if isinstance(stored.event, Ended):
@@ -133,9 +129,6 @@ class Training:
                 await self._step()
             if self._process.stopping.is_set():
                 return
-
-    def _log(self) -> AsyncIterator[list[Stored]]:
-        return self._process.log.follow()
 
     async def _step(self) -> None:
         """Train what can be trained now. Called at the end of what is stored."""
@@ -225,10 +218,24 @@ class Training:
 
     async def _checkpoint(self, step: int) -> None:
         folder = self._folder.checkpoints
-        await asyncio.to_thread(self._policy.save_checkpoint, folder / f"{step:06d}", step)
+        path = checkpoint_path(folder, step)
+        await asyncio.to_thread(self._policy.save_checkpoint, path, step)
         prune_checkpoints(folder, _CHECKPOINTS_KEPT)
 
     async def _finish(self) -> None:
         """Leave the trained model as an ordinary Hugging Face folder."""
         self._process.vitals.phase = "exporting"
         await asyncio.to_thread(self._policy.export, self._folder.path / "checkpoint")
+
+
+def _download(name: str) -> Path:
+    """A model of a hub, by name. Raises RecipeError when there is none, or no network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        why = f"no such folder, and the hub does not give {name!r}: {error}".splitlines()[0]
+        raise RecipeError("recipe", "policy.model", why) from error

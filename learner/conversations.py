@@ -1,0 +1,93 @@
+"""Demonstrations as tokens: the same tokens that sampling will see.
+
+    messages    user            assistant           tool          assistant
+    segments    prompt_ids      content             observation   content, end of turn
+    mask        0 0 0 0 0 0     1 1 1 1             0 0 0 0       1 1 1
+
+Each segment is tokenised by itself, as it is when the policy samples the assistant's part. An assistant message that
+another follows ends where its tool call ends: its end of turn is the template's, given with the observation. Only the
+last message's end of turn is the policy's own.
+
+Shapes: T tokens of a conversation.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+
+from learner.errors import BadConversation
+from learner.samples import BoolArray, IntArray
+from schemas.task import ChatMessage
+
+
+class Chat(Protocol):
+    """How the engine's side writes a conversation; the learner must write the same tokens."""
+
+    end_ids: frozenset[int]
+    """The tokens that end a turn."""
+
+    def prompt_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """The conversation up to where the assistant begins to speak."""
+        ...
+
+    def observation_ids(self, texts: Sequence[str], role: str, ended: bool) -> list[int]:
+        """What stands between two assistant messages; the end of turn too unless the turn has `ended`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Conversation:
+    """A demonstration; made by `conversation_of`, read by `Policy.supervised_step`."""
+
+    ids_T: IntArray
+    mask_T: BoolArray
+    """True where the token is the assistant's own."""
+
+
+def conversation_of(
+    messages: Sequence[ChatMessage],
+    chat: Chat,
+    encode: Callable[[str], list[int]],
+    observation_role: str,
+) -> Conversation:
+    """Tokenise a demonstration.
+
+    `encode` is the tokenizer's, without special tokens added. Raises BadConversation unless assistant messages come
+    after a prompt, one at a time, and one of them last.
+    """
+    turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    if not turns or turns[0] == 0 or turns[-1] != len(messages) - 1:
+        roles = ", ".join(message.role for message in messages)
+        raise BadConversation(f"a demonstration goes from a prompt to an assistant, not {roles}")
+    segments = [(chat.prompt_ids(messages[: turns[0]]), False)]
+    for turn, following in pairwise(turns):
+        segments.append((encode(messages[turn].content), True))
+        observations = messages[turn + 1 : following]
+        segments.append((_observation_ids(observations, chat, observation_role), False))
+    end = _end_of_turn(chat, observation_role)
+    segments.append(([*encode(messages[-1].content), end], True))
+    return Conversation(
+        ids_T=np.concatenate([np.array(ids, np.int32) for ids, _ in segments]),
+        mask_T=np.repeat([own for _, own in segments], [len(ids) for ids, _ in segments]),
+    )
+
+
+def _observation_ids(
+    observations: Sequence[ChatMessage], chat: Chat, observation_role: str
+) -> list[int]:
+    roles = {observation_role if m.role == "tool" else m.role for m in observations}
+    if len(roles) != 1:
+        found = ", ".join(sorted(roles)) or "nothing"
+        raise BadConversation(f"between assistant messages stands one role, not {found}")
+    return chat.observation_ids([m.content for m in observations], roles.pop(), ended=False)
+
+
+def _end_of_turn(chat: Chat, role: str) -> int:
+    """The token with which the template ends the assistant's part."""
+    for token in chat.observation_ids([], role, ended=False):
+        if token in chat.end_ids:
+            return token
+    raise BadConversation("the chat template does not end the assistant's part")

@@ -1,0 +1,321 @@
+"""The model that learns and its optimizer: batches in, one optimizer step, weights out.
+
+Weights are held in float32 whatever `policy.dtype` is: an update at a learning rate of 1e-6 is lost in bfloat16.
+With `bfloat16` matrix products are in bfloat16, and so are the weights that leave.
+
+The same batch, weights, optimizer state and number of torch threads give the same bits. Threads are the process's
+own affair: call `torch.set_num_threads` before.
+
+Shapes: K sampled tokens of a micro-batch, N of the whole batch.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from learner.advantages import grpo
+from learner.checkpoints import write_folder
+from learner.errors import BadCheckpoint, LearnerError, NotFinite, UnsupportedModel
+from learner.logprobs import refuse_unless_packable, sampled_logprobs
+from learner.losses import clipped_surrogate
+from learner.pack import Masked, MicroBatch, pack
+from learner.samples import Sample
+from schemas.recipe import Recipe
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+LossOf = Callable[[MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""The summed loss of a micro-batch, and detached sums for metrics."""
+
+
+class _Saved(NamedTuple):
+    """A checkpoint as read, and found to fit."""
+
+    step: int
+    weights: dict[str, torch.Tensor]
+    moments: dict[torch.nn.Parameter, dict[str, torch.Tensor]]
+    generators: dict[str, torch.Tensor]
+
+
+class Policy:
+    """A Hugging Face causal model under AdamW."""
+
+    def __init__(self, folder: Path, model: Any, config: Recipe) -> None:
+        """Take over a float32 model; `Policy.open` makes one. Raises UnsupportedModel."""
+        refuse_unless_packable(model, config.policy.max_tokens)
+        self.folder = folder
+        """Where the model came from; its configuration and tokenizer are read there."""
+        self.config = config
+        self.model = (
+            model.eval()
+        )  # no dropout: the engine, whose log-probabilities we compare, has none
+        self.dtype = _DTYPES[config.policy.dtype]
+        self.optimizer: torch.optim.AdamW
+        self.restart_optimizer()
+
+    @classmethod
+    def open(cls, folder: Path, config: Recipe, device: str = "auto") -> Self:
+        """Load a Hugging Face folder with its weights.
+
+        `device`: `auto` takes a GPU if there is one. Raises UnsupportedModel.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UnsupportedModel(str(folder), str(error)) from error
+        model, loaded = opened
+        if loaded["missing_keys"]:  # transformers would make them up
+            raise UnsupportedModel(str(folder), f"no weights for {min(loaded['missing_keys'])}")
+        return cls(folder, model.to(device), config)
+
+    def restart_optimizer(self) -> None:
+        """Forget the optimizer's moments, as between the cold start and reinforcement learning."""
+        decay = self.config.learner.weight_decay
+        matrices = [p for p in self.model.parameters() if p.requires_grad and p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.requires_grad and p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": decay},
+                {
+                    "params": vectors,
+                    "weight_decay": 0.0,
+                },  # norms and biases have a scale of their own
+            ],
+            lr=0.0,
+            fused=True,
+        )
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def train_step(self, groups: Sequence[Sequence[Sample]], step: int) -> dict[str, float]:
+        """One optimizer step on whole groups; `step` counts from 1 and sets the learning rate.
+
+        Returns loss, grad_norm, learning_rate, train_tokens, computed_tokens and, as means over all sampled tokens,
+        entropy, kl_behaviour, is_ratio_mean, masked_token_fraction, clip_fraction.
+        Raises NotFinite, and LearnerError when nothing was sampled; then nothing was updated.
+        """
+        samples = [sample for group in groups for sample in group]
+        for sample in samples:
+            if not math.isfinite(sample.reward):
+                raise NotFinite(step, f"the reward of {sample.trajectory}", sample.reward)
+        advantages = [
+            grpo(np.array([sample.reward for sample in group], np.float32)) for group in groups
+        ]
+        counts = [sample.sampled_count for sample in samples]
+        advantages_N = torch.from_numpy(np.repeat(np.concatenate(advantages), counts))
+        behaviour_N = torch.from_numpy(
+            np.concatenate([sample.logprobs_T[sample.mask_T] for sample in samples])
+        )
+        temperature = self.config.sampling.temperature
+        device = self.model.device
+
+        def loss_of(batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            now = sampled_logprobs(self.model, batch, temperature, self.dtype)
+            tokens_K = torch.from_numpy(batch.tokens_K)
+            losses = clipped_surrogate(
+                now.logprobs_K,
+                behaviour_N[tokens_K].to(device),
+                advantages_N[tokens_K].to(device),
+                self.config.learner,
+            )
+            return losses.loss_K.sum(), {
+                "entropy": now.entropies_K.sum(),
+                "kl_behaviour": losses.kl_K.sum(),
+                "is_ratio_mean": losses.ratio_K.sum(),
+                "masked_token_fraction": losses.masked_K.sum(),
+                "clip_fraction": losses.clipped_K.sum(),
+            }
+
+        return self._step(groups, loss_of, step, self._learning_rate(step))
+
+    def supervised_step(
+        self, conversations: Sequence[Masked], step: int, learning_rate: float
+    ) -> dict[str, float]:
+        """One optimizer step on the mean cross entropy of the conversations' trained tokens.
+
+        Returns loss, grad_norm, learning_rate, train_tokens, computed_tokens, entropy. Raises as `train_step` does.
+        """
+
+        def loss_of(batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            now = sampled_logprobs(self.model, batch, 1.0, self.dtype)
+            return -now.logprobs_K.sum(), {"entropy": now.entropies_K.sum()}
+
+        groups = [[conversation] for conversation in conversations]
+        return self._step(groups, loss_of, step, learning_rate)
+
+    def _step(
+        self,
+        groups: Sequence[Sequence[Masked]],
+        loss_of: LossOf,
+        step: int,
+        learning_rate: float,
+    ) -> dict[str, float]:
+        """Accumulate the gradient of the mean loss over micro-batches, clip it, update."""
+        width = self.model.config.get_text_config().hidden_size
+        batches = pack(groups, self.config.learner.microbatch_tokens, row_tokens=width)
+        token_count = sum(len(batch.tokens_K) for batch in batches)
+        if not token_count:
+            raise LearnerError(f"step {step}: the batch has no sampled token")
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: defaultdict[str, float] = defaultdict(float)
+        for batch in batches:
+            loss, parts = loss_of(batch)
+            (loss / token_count).backward()  # type: ignore[no-untyped-call]
+            for name, part in {"loss": loss, **parts}.items():
+                sums[name] += part.item()
+        means = {name: value / token_count for name, value in sums.items()}
+        grad_norm = float(
+            torch.nn.utils.clip_grad_norm_(
+                self.model.parameters(), self.config.learner.max_grad_norm
+            )
+        )
+        for name, value in {**means, "grad_norm": grad_norm}.items():
+            if not math.isfinite(value):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise NotFinite(step, name, value)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {
+            **means,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "train_tokens": token_count,
+            "computed_tokens": sum(batch.ids_RL.size for batch in batches),
+        }
+
+    def _learning_rate(self, step: int) -> float:
+        config = self.config.learner
+        return config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
+
+    # -- what leaves -------------------------------------------------------------------------------
+
+    def weights(self) -> bytes:
+        """The bytes of a safetensors file in `policy.dtype`; equal weights give equal bytes."""
+        return to_safetensors(
+            {name: tensor.to(self.dtype).contiguous() for name, tensor in self._tensors()},
+            metadata={"format": "pt"},
+        )
+
+    def assets(self) -> dict[str, bytes]:
+        """The other files of the model's folder: configuration, tokenizer, chat template."""
+        return {
+            path.name: path.read_bytes()
+            for path in sorted(self.folder.iterdir())
+            if path.is_file()
+            and not path.name.startswith(".")
+            and not path.name.endswith((*_WEIGHT_FILES, ".index.json"))
+        }
+
+    def export(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder, whole or not at all; replaces an older one."""
+        files = self.assets()
+        files["config.json"] = _with_dtype(files["config.json"], self.config.policy.dtype)
+        write_folder(folder, [*files.items(), ("model.safetensors", self.weights())])
+
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer."""
+        return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def save_checkpoint(self, path: Path, step: int) -> None:
+        """Write everything that the next step depends on, whole or not at all."""
+        write_folder(path, self._checkpoint_files(step))
+
+    def load_checkpoint(self, path: Path) -> int:
+        """Become what `save_checkpoint` saw; returns its step. Raises BadCheckpoint before anything is changed."""
+        try:
+            saved = self._read_checkpoint(path)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise BadCheckpoint(path, f"{type(error).__name__}: {error}") from error
+        live = dict(self._tensors())
+        for name, tensor in saved.weights.items():
+            live[name].copy_(tensor)
+        self.restart_optimizer()
+        self.optimizer.state.update(saved.moments)
+        torch.set_rng_state(saved.generators["cpu"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(saved.generators["cuda"])
+        return saved.step
+
+    def _read_checkpoint(self, path: Path) -> "_Saved":
+        step = int(json.loads((path / "state.json").read_bytes())["step"])
+        weights = load_file(path / "model.safetensors")
+        if _shapes(weights) != _shapes(dict(self._tensors())):
+            raise ValueError("model.safetensors is another model's")
+        named = load_file(path / "optimizer.safetensors")
+        moments: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
+        for name, parameter in self._trained():
+            if f"{name}/step" in named:  # a parameter that never had a gradient has no moments
+                moments[parameter] = {
+                    moment: named.pop(f"{name}/{moment}").to(self.model.device)
+                    for moment in _MOMENTS
+                }
+        if named:
+            raise ValueError(f"optimizer.safetensors has {min(named)} alone")
+        generators = load_file(path / "rng.safetensors")
+        wanted = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
+        if not wanted <= generators.keys():
+            raise ValueError(f"rng.safetensors lacks {min(wanted - generators.keys())}")
+        return _Saved(step, weights, moments, generators)
+
+    def _checkpoint_files(self, step: int) -> Iterator[tuple[str, bytes]]:
+        yield "model.safetensors", to_safetensors(dict(self._tensors()), {"format": "pt"})
+        moments = {
+            f"{name}/{moment}": tensor
+            for name, parameter in self._trained()
+            for moment, tensor in self.optimizer.state.get(parameter, {}).items()
+        }
+        yield "optimizer.safetensors", to_safetensors(moments)
+        generators = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators["cuda"] = torch.cuda.get_rng_state()
+        yield "rng.safetensors", to_safetensors(generators)
+        yield "state.json", json.dumps({"step": step}).encode()
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the state once, under the first of its names when it is tied."""
+        seen: set[int] = set()
+        for name, tensor in self.model.state_dict().items():
+            if tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                yield name, tensor
+
+    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _with_dtype(config_json: bytes, dtype: str) -> bytes:
+    """A config.json that names the dtype of the weights beside it."""
+    config = json.loads(config_json)
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    return json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"

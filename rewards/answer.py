@@ -1,0 +1,25 @@
+"""Finds the final answer in a turn's text."""
+
+import re
+
+_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_BOXED = "\\boxed{"
+
+
+def tagged_answer(text: str) -> str | None:
+    """What is inside the last `<answer>…</answer>`."""
+    found = _TAG.findall(text)
+    return found[-1].strip() if found else None
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""What is inside the last complete `\boxed{…}`; braces may nest."""
+    start = text.rfind(_BOXED)
+    while start >= 0:
+        depth = 0
+        for position in range(start + len(_BOXED) - 1, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                return text[start + len(_BOXED) : position].strip()
+        start = text.rfind(_BOXED, 0, start)
+    return None

@@ -1,0 +1,144 @@
+"""A resumed run goes on as if it had never stopped."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from learner.checkpoints import (
+    checkpoint_path,
+    latest_checkpoint,
+    prune_checkpoints,
+    write_folder,
+)
+from learner.errors import BadCheckpoint
+from learner.policy import Policy
+from schemas.recipe import Recipe
+
+
+def sha(policy: Policy) -> str:
+    return hashlib.sha256(policy.weights()).hexdigest()
+
+
+def test_the_next_step_is_the_same_to_the_bit(
+    folder: Path, config: Recipe, policy: Policy, make_groups, tmp_path: Path
+) -> None:
+    """Weights, moments and the random state come back: two more steps equal the uninterrupted ones."""
+    for step in (1, 2):
+        policy.train_step(make_groups(seed=step), step)
+    policy.save_checkpoint(tmp_path / "step-000002", 2)
+    expected = [policy.train_step(make_groups(seed=step), step) for step in (3, 4)]
+    drawn = torch.rand(3)
+
+    resumed = Policy.open(folder, config)
+    torch.manual_seed(99)
+    assert resumed.load_checkpoint(tmp_path / "step-000002") == 2
+    assert [resumed.train_step(make_groups(seed=step), step) for step in (3, 4)] == expected
+    assert sha(resumed) == sha(policy)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_a_policy_may_go_back(policy: Policy, make_groups, tmp_path: Path) -> None:
+    """Loading forgets what came after the checkpoint, the first moments too."""
+    policy.save_checkpoint(tmp_path / "step-000000", 0)
+    first = policy.train_step(make_groups(), 1)
+    assert policy.load_checkpoint(tmp_path / "step-000000") == 0
+    assert policy.train_step(make_groups(), 1) == first
+
+
+def test_no_pickle(policy: Policy, make_groups, tmp_path: Path) -> None:
+    """A checkpoint is safetensors and JSON."""
+    policy.train_step(make_groups(), 1)
+    policy.save_checkpoint(tmp_path / "step-000001", 1)
+    names = {path.name for path in (tmp_path / "step-000001").iterdir()}
+    assert names == {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "rng.safetensors",
+        "state.json",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("state.json", None),
+        ("state.json", b"{}"),
+        ("state.json", b"[1"),
+        ("model.safetensors", b"short"),
+        ("optimizer.safetensors", None),
+    ],
+)
+def test_damage_is_seen_before_anything_is_loaded(
+    policy: Policy, make_groups, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    """A missing or malformed file raises BadCheckpoint, and the policy is as it was."""
+    path = tmp_path / "step-000000"
+    policy.save_checkpoint(path, 0)
+    policy.train_step(make_groups(), 1)
+    before = sha(policy)
+    (path / name).unlink() if content is None else (path / name).write_bytes(content)
+    with pytest.raises(BadCheckpoint, match="step-000000"):
+        policy.load_checkpoint(path)
+    assert sha(policy) == before
+
+
+@pytest.mark.parametrize("file", ["model", "optimizer", "rng"])
+def test_another_models_checkpoint_is_refused(
+    policy: Policy, make_groups, tmp_path: Path, file: str
+) -> None:
+    """A tensor too few is another model's, whatever file it is missing from; nothing is loaded."""
+    path = tmp_path / "step-000001"
+    policy.train_step(make_groups(), 1)
+    policy.save_checkpoint(path, 1)
+    policy.train_step(make_groups(), 2)
+    before = sha(policy)
+    tensors = load_file(path / f"{file}.safetensors")
+    del tensors[min(tensors)]
+    save_file(tensors, path / f"{file}.safetensors")
+    with pytest.raises(BadCheckpoint):
+        policy.load_checkpoint(path)
+    assert sha(policy) == before
+
+
+# -- folders ---------------------------------------------------------------------------------------
+
+
+def test_a_writer_that_dies_leaves_no_checkpoint(tmp_path: Path) -> None:
+    """Half a folder is never seen under its name, and the older one is still whole."""
+    path = checkpoint_path(tmp_path, 3)
+    write_folder(path, [("a", b"old"), ("b", b"old")])
+
+    def dying() -> Iterator[tuple[str, bytes]]:
+        yield "a", b"new"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(path, dying())
+    assert [file.read_bytes() for file in sorted(path.iterdir())] == [b"old", b"old"]
+    assert latest_checkpoint(tmp_path) == path
+    write_folder(path, [("a", b"new")])
+    assert [file.read_bytes() for file in path.iterdir()] == [b"new"]
+    prune_checkpoints(tmp_path, keep=1)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_prune_keeps_the_newest(tmp_path: Path) -> None:
+    """By step, not by name or time; leftovers of interrupted writers go, other folders stay."""
+    for step in (1_000_000, 10, 999_999):
+        write_folder(checkpoint_path(tmp_path, step), [("state.json", b"{}")])
+    (tmp_path / ".step-000011.writing").mkdir()
+    (tmp_path / "export").mkdir()
+    prune_checkpoints(tmp_path, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-1000000", "step-999999", "export"}
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-1000000"
+
+
+def test_no_checkpoint_yet(tmp_path: Path) -> None:
+    """Of a run that has written none, and of one that has no folder."""
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "missing") is None
+    prune_checkpoints(tmp_path / "missing", keep=1)

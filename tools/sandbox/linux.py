@@ -1,0 +1,163 @@
+"""The Linux calls that Python 3.11 lacks, by ctypes. Standard library only: the fork server imports it."""
+
+import contextlib
+import ctypes
+import os
+import platform
+import signal
+import struct
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_BIND = 1 << 12
+MS_REC = 1 << 14
+MS_PRIVATE = 1 << 18
+
+_MNT_DETACH = 2
+_AT_FDCWD = -100
+_AT_RECURSIVE = 0x8000
+_MOUNT_ATTR_RDONLY_NOSUID_NODEV = 0x1 | 0x2 | 0x4
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_SET_SECCOMP = 22
+_PR_CAPBSET_DROP = 24
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_SECCOMP_MODE_FILTER = 2
+_CAPABILITY_VERSION_3 = 0x20080522
+
+_SYS_MOUNT_SETATTR = 442  # the same on every architecture, as all calls since 2019
+_SYS_CLOSE_RANGE = 436
+_SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{what}: {os.strerror(error)}")
+    return result
+
+
+def _prctl(option: int, argument: int, what: str, *rest: int) -> None:
+    padded = [*rest, 0, 0, 0][:3]
+    values = [ctypes.c_ulong(value) for value in (argument, *padded)]
+    _check(_libc.prctl(option, *values), what)
+
+
+def machine() -> str:
+    """The architecture; raises OSError for one that the sandbox has no system call numbers for."""
+    name = platform.machine()
+    if name not in _SYS_PIVOT_ROOT:
+        raise OSError(f"no system call table for {name}; known: {', '.join(_SYS_PIVOT_ROOT)}")
+    return name
+
+
+def unshare(flags: int) -> None:
+    """Leave the namespaces named by the CLONE_NEW* flags for fresh ones."""
+    _check(_libc.unshare(flags), f"unshare({flags:#x})")
+
+
+def setns(fd: int, kind: int) -> None:
+    """Enter the namespace that the file descriptor names."""
+    _check(_libc.setns(fd, kind), "setns")
+
+
+def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
+    """mount(2)."""
+    arguments = [part.encode() or None for part in (source, target, kind)]
+    result = _libc.mount(*arguments, ctypes.c_ulong(flags), options.encode() or None)
+    _check(result, f"mount {kind or source} on {target}")
+
+
+def make_read_only(path: str, *, recursive: bool) -> None:
+    """Make a mount read-only, without devices or set-uid programs; `recursive` covers mounts inside it."""
+    attributes = struct.pack("QQQQ", _MOUNT_ATTR_RDONLY_NOSUID_NODEV, 0, 0, 0)
+    flags = _AT_RECURSIVE if recursive else 0
+    result = _libc.syscall(
+        _SYS_MOUNT_SETATTR, _AT_FDCWD, path.encode(), flags, attributes, len(attributes)
+    )
+    _check(result, f"mount_setattr {path}")
+
+
+def pivot_root(new_root: str) -> None:
+    """Make `new_root` (a mount) the root and let go of the old one."""
+    os.chdir(new_root)
+    _check(_libc.syscall(_SYS_PIVOT_ROOT[machine()], b".", b"."), "pivot_root")
+    _check(_libc.umount2(b".", _MNT_DETACH), "umount2 of the old root")
+    os.chdir("/")
+
+
+def sethostname(name: str) -> None:
+    """Name the UTS namespace."""
+    _check(_libc.sethostname(name.encode(), len(name)), "sethostname")
+
+
+def die_with_parent() -> None:
+    """Ask for SIGKILL when the parent dies. A later change of user undoes it."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, "PR_SET_PDEATHSIG")
+
+
+def set_dumpable(dumpable: bool) -> None:
+    """Let processes of the same user look into this one through /proc, or not."""
+    _prctl(_PR_SET_DUMPABLE, int(dumpable), "PR_SET_DUMPABLE")
+
+
+def drop_capabilities() -> None:
+    """Give up every capability, also for programs executed later, and the way back to any."""
+    for capability in range(64):
+        if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
+            break  # past the last one that this kernel knows
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, "PR_CAP_AMBIENT")
+    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
+    _check(_libc.capset(header, bytes(24)), "capset")
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1, "PR_SET_NO_NEW_PRIVS")
+
+
+class _FilterProgram(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+
+
+def install_seccomp(program: bytes) -> None:
+    """Filter this process's system calls, for good. `program` is BPF, 8 bytes an instruction."""
+    prepared = _FilterProgram(len(program) // 8, program)
+    pointer = ctypes.c_ulong(ctypes.addressof(prepared))
+    _check(
+        _libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), pointer, 0, 0),
+        "PR_SET_SECCOMP",
+    )
+
+
+def close_all_but(keep: set[int]) -> None:
+    """Close every file descriptor that is not in `keep`."""
+    first = 0
+    for fd in [*sorted(keep), 1 << 31]:
+        if first < fd:
+            _check(_libc.syscall(_SYS_CLOSE_RANGE, first, fd - 1, 0), "close_range")
+        first = fd + 1
+
+
+def write_file(path: str, text: str) -> None:
+    """Write a file of /proc in one write(2), as the kernel asks."""
+    with open(path, "wb", buffering=0) as file:
+        file.write(text.encode())
+
+
+def map_user(inside: int, outside_uid: int, outside_gid: int) -> None:
+    """In a new user namespace: be `inside` (user and group) here, and nobody else."""
+    with contextlib.suppress(PermissionError):  # denied already by a namespace further out
+        write_file("/proc/self/setgroups", "deny")
+    write_file("/proc/self/uid_map", f"{inside} {outside_uid} 1")
+    write_file("/proc/self/gid_map", f"{inside} {outside_gid} 1")
