@@ -73,7 +73,7 @@ class End(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """Send the trajectory's next work message again."""
+    """Send the trajectory's next work message, again or after a barrier."""
 
     trajectory: str
 
@@ -101,6 +101,8 @@ class Live:
         self.sweeps = 0
         self.fresh = True
         """Nothing has been sampled yet."""
+        self.woken_seq = seq
+        """With barriers: the sequence at which its next stage was last woken."""
 
 
 class Group:
@@ -269,6 +271,8 @@ class Dispatcher:
         if self.ended:
             return []
         decisions: list[Decision] = list(self._mend())
+        if self._recipe.asynchrony.barriers:
+            decisions += self._release()
         steps = self._recipe.learner.steps
         over = self._steps_done >= steps and view.policy_version >= steps
         if over:
@@ -398,8 +402,18 @@ class Dispatcher:
                 )
                 yield Admit([self._member(template, name, 0, 0)], row.private)
 
+    def _release(self) -> Iterator[Decision]:
+        """Wake all at a barrier, once the last has reached it."""
+        running = [live for live in self.live.values() if live.stage != "scored"]
+        if all(live.seq > live.woken_seq for live in running):
+            for live in running:
+                live.woken_seq = live.seq
+                yield Sweep(live.admitted.trajectory)
+
     def _admit(self, view: View) -> Iterator[Decision]:
         learner = self._recipe.learner
+        if self._recipe.asynchrony.barriers and self.live:
+            return
         ahead = min(self._recipe.asynchrony.max_staleness + 1, learner.steps - self._steps_begun)
         slots = learner.groups_per_step * ahead
         if self.failing_cause:

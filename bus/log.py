@@ -12,7 +12,6 @@ from datetime import datetime
 from typing import NamedTuple, TypeVar
 
 import structlog
-from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
 from bus import subjects
@@ -67,30 +66,36 @@ def _raw(message: Message) -> Raw:
 
 
 class StreamReader:
-    """Reads one stream by batched direct gets. Made by `open_reader`."""
+    """Reads one stream by batched direct gets; many reads may go on at once. Made by `open_reader`."""
 
-    def __init__(self, bus: Bus, stream: str, inbox: Subscription, address: str) -> None:
+    def __init__(self, bus: Bus, stream: str) -> None:
         self._bus = bus
         self._stream = stream
-        self._inbox = inbox
-        self._address = address
-        self._request = 0
+        self.address = bus.client.new_inbox()
+        self._requests = 0
+        self._answers: dict[str, asyncio.Queue[Message]] = {}
+
+    async def on_answer(self, message: Message) -> None:
+        """Hand a message to the request that it answers; one that was given up is dropped."""
+        answers = self._answers.get(message.subject)
+        if answers is not None:
+            answers.put_nowait(message)
 
     async def batch(self, subject: str, after: int) -> tuple[list[Raw], bool]:
         """The next messages after a sequence, and whether more are there already.
 
         Raises Unavailable when the server does not answer in time.
         """
-        self._request += 1
-        reply = f"{self._address}.{self._request}"
+        self._requests += 1
+        reply = f"{self.address}.{self._requests}"
+        answers = self._answers[reply] = asyncio.Queue()
         query = json.dumps({"seq": after + 1, "batch": _BATCH, "next_by_subj": subject}).encode()
         found: list[Raw] = []
         try:
             await self._bus.client.publish(f"$JS.API.DIRECT.GET.{self._stream}", query, reply=reply)
             while True:
-                message = await self._inbox.next_msg(timeout=_ANSWER_S)
-                if message.subject != reply:
-                    continue  # a late answer to a request given up
+                async with asyncio.timeout(_ANSWER_S):
+                    message = await answers.get()
                 headers = message.headers or {}
                 status = headers.get("Status")
                 if status is None:
@@ -105,6 +110,8 @@ class StreamReader:
             if found:
                 return found, True
             raise Unavailable(subject, repr(error)) from error
+        finally:
+            del self._answers[reply]
 
     async def read(self, subject: str, after: int = 0) -> AsyncIterator[Raw]:
         """Everything stored now after a sequence, in order."""
@@ -147,10 +154,12 @@ class StreamReader:
 @asynccontextmanager
 async def open_reader(bus: Bus, stream: str) -> AsyncIterator[StreamReader]:
     """A reader of one stream, with an inbox of its own."""
-    address = bus.client.new_inbox()
-    inbox = await bus.client.subscribe(f"{address}.*", pending_msgs_limit=0, pending_bytes_limit=0)
+    reader = StreamReader(bus, stream)
+    inbox = await bus.client.subscribe(
+        f"{reader.address}.*", cb=reader.on_answer, pending_msgs_limit=0, pending_bytes_limit=0
+    )
     try:
-        yield StreamReader(bus, stream, inbox, address)
+        yield reader
     finally:
         with suppress(NatsError):
             await inbox.unsubscribe()
@@ -223,11 +232,9 @@ class Log:
     async def trajectory(self, trajectory_id: str) -> Trajectory | None:
         """One trajectory folded from its events; None when it was never admitted."""
         state: Trajectory | None = None
-        async with open_reader(self._bus, subjects.LOG_STREAM) as reader:
-            async for stored in self._events(
-                reader.read(subjects.trajectory(self.run, trajectory_id))
-            ):
-                state = fold_stored(state, stored)
+        subject = subjects.trajectory(self.run, trajectory_id)
+        async for stored in self._events(self._reader.read(subject)):
+            state = fold_stored(state, stored)
         return state
 
     async def last_seq(self) -> int:

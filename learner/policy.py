@@ -45,7 +45,7 @@ class _Saved(NamedTuple):
 
     step: int
     weights: dict[str, torch.Tensor]
-    moments: dict[torch.nn.Parameter, dict[str, torch.Tensor]]
+    moments: dict[torch.Tensor, dict[str, torch.Tensor]]
     generators: dict[str, torch.Tensor]
 
 
@@ -266,7 +266,7 @@ class Policy:
         if _shapes(weights) != _shapes(dict(self._tensors())):
             raise ValueError("model.safetensors is another model's")
         named = load_file(path / "optimizer.safetensors")
-        moments: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
+        moments: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
         for name, parameter in self._trained():
             if f"{name}/step" in named:  # a parameter that never had a gradient has no moments
                 moments[parameter] = {

@@ -121,6 +121,8 @@ class Asynchrony(_Section, frozen=True):
     """Version being updated minus the oldest sampled token's version; 0 is on-policy."""
     straggler_wait_s: NonNegativeFloat = 10.0
     """How long the learner waits for live trajectories that its next step would make too stale."""
+    barriers: bool = False
+    """Batch-synchronous, for comparison: a barrier after each hop of a batch, and after each batch."""
 
 
 class Generator(_Section, frozen=True):

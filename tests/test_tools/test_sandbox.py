@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,9 +27,9 @@ async def output_of(sandbox: NamespaceSandbox, code: str, stdin: bytes = b"") ->
 
 
 async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
-    """Wait for something that sends no event."""
+    """Wait until processes have started or ended."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - the processes of others send no events
             await asyncio.sleep(0.01)
 
 
@@ -172,7 +171,7 @@ async def test_imports_are_ready_and_random_numbers_differ() -> None:
 async def test_an_import_that_is_not_there_is_told() -> None:
     """The server does not start, and says why."""
     sandbox = NamespaceSandbox(["no_such_module"])
-    with pytest.raises(SandboxError, match="start_failed.*no_such_module"):
+    with pytest.raises(SandboxError, match=r"start_failed.*no_such_module"):
         await sandbox.run("1")
     await sandbox.close()
 
@@ -267,14 +266,14 @@ async def test_the_death_of_the_client_ends_everything(
         "'import time; time.sleep(600)', %r])\" % sys.argv[1][::-1]\n"
         "asyncio.run(NamespaceSandbox().run(code))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, marker[::-1]])
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, marker[::-1])
     try:
         await until(lambda: processes_with(marker))
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) >= 5  # outer and inner server, init, payload, its child
     finally:
         process.kill()
-        process.wait()
+        await process.wait()
     await until(lambda: not any(member.is_running() for member in family))
 
 
@@ -301,6 +300,20 @@ async def test_calls_leave_nothing_behind(sandbox: NamespaceSandbox) -> None:
 
 def count_fds(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+async def test_a_closed_sandbox_runs_nothing() -> None:
+    """Running calls fail at once, and none starts the server again."""
+    sandbox = NamespaceSandbox()
+    await sandbox.run("1")
+    call = asyncio.ensure_future(sandbox.run("import time\ntime.sleep(600)"))
+    outer = servers()[-2]
+    await until(lambda: len(outer.children(recursive=True)) == 3)
+    await sandbox.close()
+    with pytest.raises(SandboxError, match="zygote_died"):
+        await call
+    with pytest.raises(SandboxError, match="closed"):
+        await sandbox.run("1")
 
 
 async def test_many_calls_at_once_each_get_their_own_answer(sandbox: NamespaceSandbox) -> None:

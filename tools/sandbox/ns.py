@@ -57,9 +57,10 @@ class NamespaceSandbox:
         self._imports = tuple(imports)
         self._server: _ForkServer | None = None
         self._turn = asyncio.Lock()
+        self._closed = False
 
     async def run(self, code: str, *, stdin: bytes = b"", limits: Limits | None = None) -> Outcome:
-        """See Sandbox.run. Codes: `start_failed`, `setup_failed`, `zygote_died`, `no_answer`."""
+        """See Sandbox.run. Codes: `start_failed`, `setup_failed`, `zygote_died`, `no_answer`, `closed`."""
         limits = limits or Limits()
         server = await self._running_server()
         try:
@@ -70,6 +71,7 @@ class NamespaceSandbox:
 
     async def close(self) -> None:
         """Kill every running call and the server."""
+        self._closed = True
         async with self._turn:
             if self._server:
                 await self._server.stop()
@@ -77,6 +79,8 @@ class NamespaceSandbox:
 
     async def _running_server(self) -> "_ForkServer":
         async with self._turn:
+            if self._closed:
+                raise SandboxError("closed", "the sandbox was closed")
             if self._server and self._server.dead:
                 await self._server.stop()
                 self._server = None
@@ -251,7 +255,7 @@ class _Output:
         self.full = True
         self._loop.remove_reader(self._fd)
         with contextlib.suppress(OSError):  # it ended by itself
-            self._leash.send(b"kill")
+            self._leash.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Read no more."""

@@ -3,7 +3,7 @@
     client ──control──► server ──fork──► init ──fork──► payload
        │     (packets)  process 1 of     process 1      the code,
        │                its own world    of its own     process 2
-       ├──leash──► server     the answer comes back on it; anything sent, or its closing, kills the call
+       ├──leash──► server     the answer comes back on it; closing it, or its way here, kills the call
        ├──code, stdin──► payload      sealed memory files
        └◄─output─── payload           a pipe
 
