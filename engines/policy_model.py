@@ -46,9 +46,10 @@ class PolicyModel:
         config = module.config.get_text_config()
         self.context = int(getattr(config, "max_position_embeddings", None) or _UNBOUNDED)
         """Positions that the model has."""
+        self.vocabulary = int(config.vocab_size)
         self._name = type(module).__name__
         self._refuse_by_declaration()
-        self._adopt(int(config.vocab_size))
+        self._adopt()
 
     def forward(
         self, packed_3N: torch.Tensor, parts: list[Rows], wanted_M: torch.Tensor
@@ -124,9 +125,9 @@ class PolicyModel:
             raise self._unsupported(f"layers of kind {', '.join(sorted(kinds))}")
 
     @torch.inference_mode()
-    def _adopt(self, vocabulary: int) -> None:
+    def _adopt(self) -> None:
         """Make slots of the model's shape, install our attention, and compare with the model's own."""
-        ids = (torch.arange(10, device=self.device) * 7 + 3) % vocabulary
+        ids = (torch.arange(10, device=self.device) * 7 + 3) % self.vocabulary
         turns = [
             ids[:6],
             ids[6:],

@@ -44,6 +44,9 @@ class _Interrupt:
 class _Abandoned:
     """A caller has gone away."""
 
+    def __init__(self, turn: Turn) -> None:
+        self.turn = turn
+
 
 _Message = Turn | _Swap | _Interrupt | _Abandoned
 
@@ -74,6 +77,7 @@ class TransformersEngine:
             kept_bytes=_KEPT_BYTES,
         )
         self._waiting: deque[Turn] = deque()
+        self._unanswered: set[Turn] = set()
         self._swaps: deque[_Swap] = deque()
         self._mailbox: SimpleQueue[_Message] = SimpleQueue()
         self._failure: tuple[str, str] | None = None
@@ -113,6 +117,8 @@ class TransformersEngine:
             raise TooLong(need, have)
         if not request.ids or request.max_tokens < 1:
             raise EngineError("bad_request", "a turn needs a token before it and one to sample")
+        if max(request.ids) >= self._model.vocabulary or min(request.ids) < 0:
+            raise EngineError("bad_request", "a token that the model does not have")
         if not self._model.has_weights:
             raise EngineError("no_weights", "the folder has none and none were loaded")
         stops = self._stop_strings(request.stop) if request.stop else None
@@ -123,7 +129,7 @@ class TransformersEngine:
             return await future
         except asyncio.CancelledError:
             turn.abandoned = True
-            self._mailbox.put(_Abandoned())
+            self._mailbox.put(_Abandoned(turn))
             raise
 
     async def load(self, weights: bytes, policy_version: int) -> None:
@@ -169,7 +175,7 @@ class TransformersEngine:
                     self._swap()
                 held = self._swap_between_turns and self._swaps
                 if finished := self._batch.step(deque() if held else self._waiting):
-                    answer(finished)
+                    self._answer(finished)
 
     def _obey(self) -> bool:
         """Do what the mailbox says, waiting for it if there is nothing to sample; False to end."""
@@ -185,18 +191,24 @@ class TransformersEngine:
     def _take(self, message: _Message) -> bool:
         if isinstance(message, Turn):
             self._waiting.append(message)
+            self._unanswered.add(message)
         elif isinstance(message, _Swap):
             self._swaps.append(message)
         elif isinstance(message, _Abandoned):
+            self._unanswered.discard(message.turn)
             self._batch.drop_abandoned()
         else:
             for turn in self._waiting:
                 turn.finish("partial")
-            answer([*self._batch.end(), *self._waiting])
+            self._answer([*self._batch.end(), *self._waiting])
             self._waiting.clear()
             message.done.set_result(None)
             return not message.close
         return True
+
+    def _answer(self, turns: list[Turn]) -> None:
+        self._unanswered.difference_update(turns)
+        answer(turns)
 
     def _swap(self) -> None:
         while self._swaps:
@@ -216,10 +228,9 @@ class TransformersEngine:
             self._failure = failure
             while not self._mailbox.empty():
                 self._take(self._mailbox.get())
-        lost = [*self._batch.turns, *self._waiting]
-        for turn in lost:
+        for turn in self._unanswered:  # wherever in a step they were
             turn.outcome = _chain(failure, error)
-        answer(lost)
+        answer(list(self._unanswered))
         for swap in self._swaps:
             swap.done.set_exception(_chain(failure, error))
         self._batch.turns.clear()

@@ -220,17 +220,30 @@ async def test_weight_swap_by_turn_waits_for_running_turns(make_folder: MakeFold
 
 
 async def test_a_failing_decode_thread_fails_everyone(make_folder: MakeFolder) -> None:
-    """Running, waiting and later requests all raise, and closing still works."""
-    engine = open_engine(make_folder("llama"), slots=2)
-    # A token outside the vocabulary stands for any error of the forward pass.
-    poison = SampleRequest(ids=[VOCABULARY + 5], max_tokens=4)
-    requests = [SampleRequest(ids=[5], max_tokens=100, seed=n) for n in range(4)]
-    outcomes = await asyncio.gather(
-        *(engine.sample(request) for request in [*requests, poison]), return_exceptions=True
-    )
-    assert [type(outcome) for outcome in outcomes[-1:]] == [EngineError]
+    """Running, joining, waiting and later requests all raise, and closing still works."""
+    engine = open_engine(make_folder("endless"), slots=2)
+    requests = [SampleRequest(ids=[5, n], max_tokens=110, seed=n) for n in range(4)]
+    turns = [asyncio.create_task(engine.sample(request)) for request in requests]
+    await asyncio.sleep(0)
+    # Spoils the next forward pass, as a broken kernel would.
+    engine._model.module.lm_head.weight.data = torch.zeros(1, 1)
+    outcomes = await asyncio.gather(*turns, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [EngineError] * 4
     with pytest.raises(EngineError, match="decode_failed"):
         await engine.sample(SampleRequest(ids=[5], max_tokens=2))
+    with pytest.raises(EngineError, match="decode_failed"):
+        await engine.interrupt()
+    await engine.close()
+
+
+async def test_an_unknown_token_is_the_callers_error(make_folder: MakeFolder) -> None:
+    """It is refused, and nobody else's turn suffers."""
+    engine = open_engine(make_folder("llama"))
+    running = asyncio.create_task(engine.sample(SampleRequest(ids=[5], max_tokens=20)))
+    for token in (VOCABULARY, -1):
+        with pytest.raises(EngineError, match="bad_request"):
+            await engine.sample(SampleRequest(ids=[5, token], max_tokens=4))
+    assert (await running).finish_reason != "partial"
     await engine.close()
 
 

@@ -89,7 +89,9 @@ attack(lambda: read("/proc/1/environ"))
 attack(lambda: os.readlink("/proc/1/exe"))
 attack(lambda: [os.kill(1, n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)] and nothing())
 """,
-    "descriptors": "attack(lambda: [fd for fd in map(int, os.listdir('/proc/self/fd')) if fd > 2 and os.fstat(fd)] or nothing())",
+    "descriptors": """
+attack(lambda: [fd for fd in map(int, os.listdir('/proc/self/fd')) if fd > 2 and os.fstat(fd)] or nothing())
+""",
     "writes": """
 for directory in ("/", "/usr/lib", "/etc", "/dev", "/proc/sys/kernel", sys.prefix + "/lib", sys.base_prefix + "/lib"):
     attack(lambda: open(directory + "/written", "w"))

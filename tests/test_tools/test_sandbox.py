@@ -230,27 +230,32 @@ def servers() -> list[psutil.Process]:
     ]
 
 
-@pytest.mark.parametrize("which", ["outer", "inner"])
-async def test_a_dead_server_fails_its_calls_and_is_started_again(which: str) -> None:
-    """The call that was in it gets `zygote_died`; the next call works, also when it died idle."""
+async def opened() -> tuple[NamespaceSandbox, psutil.Process, psutil.Process]:
+    """A sandbox of one's own, and its server outside and inside."""
+    before = servers()
     sandbox = NamespaceSandbox()
+    await sandbox.run("1")
+    outer, inner = [process for process in servers() if process not in before]
+    return sandbox, outer, inner
+
+
+@pytest.mark.parametrize("busy", [True, False])
+@pytest.mark.parametrize("which", ["outer", "inner"])
+async def test_a_dead_server_fails_its_calls_and_is_started_again(which: str, busy: bool) -> None:
+    """The call that was in it gets `zygote_died`; the next call works, and so it does if it died idle."""
+    sandbox, outer, inner = await opened()
     try:
-        before = servers()
-        await sandbox.run("1")
-        for busy in (True, False):
-            outer, inner = [process for process in servers() if process not in before]
-            call = asyncio.ensure_future(sandbox.run("import time\ntime.sleep(600)"))
-            await until(lambda: len(inner.children(recursive=True)) == 2)  # noqa: B023
-            if not busy:
-                call.cancel()
-                await until(lambda: not inner.children())  # noqa: B023
-            (outer if which == "outer" else inner).kill()
-            if busy:
-                with pytest.raises(SandboxError, match="zygote_died"):
-                    await call
-            await until(lambda: not inner.is_running())  # noqa: B023
-            assert await output_of(sandbox, "1") == "1\n"
-            await until(lambda: not outer.is_running() and not inner.is_running())  # noqa: B023
+        call = asyncio.ensure_future(sandbox.run("import time\ntime.sleep(600)"))
+        await until(lambda: len(inner.children(recursive=True)) == 2)
+        if not busy:
+            call.cancel()
+            await until(lambda: not inner.children())
+        (outer if which == "outer" else inner).kill()
+        if busy:
+            with pytest.raises(SandboxError, match="zygote_died"):
+                await call
+        await until(lambda: not outer.is_running() and not inner.is_running())
+        assert await output_of(sandbox, "1") == "1\n"
     finally:
         await sandbox.close()
 
@@ -304,11 +309,9 @@ def count_fds(pid: int) -> int:
 
 async def test_a_closed_sandbox_runs_nothing() -> None:
     """Running calls fail at once, and none starts the server again."""
-    sandbox = NamespaceSandbox()
-    await sandbox.run("1")
+    sandbox, _, inner = await opened()
     call = asyncio.ensure_future(sandbox.run("import time\ntime.sleep(600)"))
-    outer = servers()[-2]
-    await until(lambda: len(outer.children(recursive=True)) == 3)
+    await until(lambda: len(inner.children(recursive=True)) == 2)
     await sandbox.close()
     with pytest.raises(SandboxError, match="zygote_died"):
         await call
