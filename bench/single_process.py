@@ -36,6 +36,8 @@ CALL = re.compile(r"<python>(.*?)</python>")
 EXPRESSION = re.compile(r"(\d+)([-+*])(\d+)")
 NUMBER = re.compile(r"-?\d+")
 NOT_TRAINED = -100
+HOPELESS = 10
+"""Times the completed groups of a step without a single one to learn from."""
 
 
 @dataclass
@@ -181,7 +183,7 @@ def cold_start(policy: PreTrainedModel, tokenizer: Tokenizer, recipe: Recipe, se
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     demonstrations = resolve(settings.demonstrations)(seed)
     for step in range(settings.steps):
-        set_rate(optimizer, settings.learning_rate * schedule(step, settings.steps))
+        set_rate(optimizer, settings.learning_rate * schedule(step + 1, settings.steps))
         batch = [labelled(tokenizer, c) for c in islice(demonstrations, settings.batch_size)]
         ids_BT, _ = pad([ids for ids, _ in batch], tokenizer.pad_token_id)
         labels_BT, _ = pad([labels for _, labels in batch], NOT_TRAINED)
@@ -191,8 +193,9 @@ def cold_start(policy: PreTrainedModel, tokenizer: Tokenizer, recipe: Recipe, se
 
 
 def schedule(step: int, steps: int) -> float:
-    """A short linear rise, then a linear fall to a tenth."""
-    return min((step + 1) / 50, 1.0) * (1 - 0.9 * step / steps)
+    """The share of the peak rate at a step from 1 on: up for a twentieth, then down to a tenth."""
+    rise = max(1, round(steps * 0.05))
+    return min(step / rise, 1.0 - 0.9 * max(step - rise, 0) / max(1, steps - rise))
 
 
 def labelled(tokenizer: Tokenizer, conversation: list[ChatMessage]) -> tuple[list[int], list[int]]:
@@ -205,6 +208,8 @@ def labelled(tokenizer: Tokenizer, conversation: list[ChatMessage]) -> tuple[lis
         ids += head + body
         labels += [NOT_TRAINED] * len(head)
         labels += body if message.role == "assistant" else [NOT_TRAINED] * len(body)
+        if CALL.search(message.content):
+            labels[-1] = NOT_TRAINED  # a call ends its turn by itself
     return ids, labels
 
 
@@ -300,6 +305,8 @@ class Loop:
             groups = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
             complete += groups
             signal += [group for group in groups if len({r.reward for r in group}) > 1]
+            if not signal and len(complete) > HOPELESS * limit:
+                raise RuntimeError(f"none of {len(complete)} groups has any signal")
         return signal, complete
 
     def evaluate(self) -> float:

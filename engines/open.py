@@ -14,13 +14,14 @@ from schemas.recipe import Generator, Policy
 def open_engine(config: Generator, policy: Policy, folder: Path, recipe_dir: str) -> Engine:
     """Open the engine on a Hugging Face folder; `module:function` is looked up in `recipe_dir` too.
 
-    torch is imported here, not before. Raises EngineError.
+    A script may have an attribute `seconds_per_token`. torch is imported here, not before. Raises EngineError.
     """
     if config.engine == "scripted":
         from engines.scripted import ScriptedEngine
 
         script = _function(config.script, recipe_dir)
-        return ScriptedEngine.open(folder, script)
+        pace = getattr(script, "seconds_per_token", 0.0)
+        return ScriptedEngine.open(folder, script, seconds_per_token=pace)
     from engines.transformers_engine import TransformersEngine
 
     return TransformersEngine.open(

@@ -47,7 +47,8 @@ def draw(
     reports it under softmax(logits). `greedy`: whether any temperature may be 0.
     """
     greedy_M = temperatures_M == 0
-    scale_M = torch.where(greedy_M, 1.0, temperatures_M)
+    # A temperature too close to 0 to divide by is as good as the smallest that is not.
+    scale_M = torch.where(greedy_M, 1.0, temperatures_M.clamp(min=1e-6))
     logprobs_MV = torch.log_softmax(logits_MV.float() / scale_M.unsqueeze(1), dim=-1)
     cumulative_MV = logprobs_MV.exp().cumsum_(dim=-1)
     targets_M1 = uniforms_M.unsqueeze(1) * cumulative_MV[:, -1:]

@@ -193,7 +193,8 @@ class TransformersEngine:
             self._waiting.append(message)
             self._unanswered.add(message)
         elif isinstance(message, _Swap):
-            self._swaps.append(message)
+            if message.done.set_running_or_notify_cancel():
+                self._swaps.append(message)
         elif isinstance(message, _Abandoned):
             self._unanswered.discard(message.turn)
             self._batch.drop_abandoned()
@@ -202,7 +203,8 @@ class TransformersEngine:
                 turn.finish("partial")
             self._answer([*self._batch.end(), *self._waiting])
             self._waiting.clear()
-            message.done.set_result(None)
+            if message.done.set_running_or_notify_cancel():
+                message.done.set_result(None)
             return not message.close
         return True
 
@@ -227,14 +229,26 @@ class TransformersEngine:
         with self._lock:
             self._failure = failure
             while not self._mailbox.empty():
-                self._take(self._mailbox.get())
+                message = self._mailbox.get()
+                if isinstance(message, Turn):
+                    self._unanswered.add(message)
+                elif isinstance(message, _Swap | _Interrupt):
+                    self._fail(message.done, failure, error)
         for turn in self._unanswered:  # wherever in a step they were
             turn.outcome = _chain(failure, error)
         answer(list(self._unanswered))
         for swap in self._swaps:
             swap.done.set_exception(_chain(failure, error))
-        self._batch.turns.clear()
         return True
+
+    @staticmethod
+    def _fail(done: Future[None], failure: tuple[str, str], error: BaseException | None) -> None:
+        if not done.set_running_or_notify_cancel():
+            return
+        if error is None:  # closed: nothing runs, as was asked for
+            done.set_result(None)
+        else:
+            done.set_exception(_chain(failure, error))
 
 
 def _explain(error: BaseException | None) -> tuple[str, str]:

@@ -53,24 +53,18 @@ class FunctionTool:
     """A function as a tool: the schema and the checks of arguments come from its signature."""
 
     def __init__(self, function: ToolFunction) -> None:
-        parameters = list(inspect.signature(function).parameters.values())[1:]
-        hints = typing.get_type_hints(function, include_extras=True)
-        fields = [
-            (p.name, hints.get(p.name, str))
-            if p.default is p.empty
-            else (p.name, hints.get(p.name, str), p.default)
-            for p in parameters
-        ]
-        if not fields:
-            raise ToolError("bad_tool", f"{function.__name__} takes no argument after the context")
         self.name = function.__name__
         self.description = inspect.getdoc(function) or ""
-        self.argument = parameters[0].name
         self._function = function
-        self._arguments = msgspec.defstruct(
-            self.name, fields, kw_only=True, forbid_unknown_fields=True
-        )
-        self.parameters = _json_schema(self._arguments)
+        fields = _fields(function)
+        self.argument: str = fields[0][0]
+        try:
+            self._arguments = msgspec.defstruct(
+                self.name, fields, kw_only=True, forbid_unknown_fields=True
+            )
+            self.parameters = _json_schema(self._arguments)
+        except TypeError as error:  # a type that JSON cannot carry
+            raise ToolError("bad_tool", f"{self.name}: {error}") from error
 
     async def __call__(self, context: Context, arguments: dict[str, Any]) -> Observation:
         """See Tool. Numbers and booleans may come as text, as in the body of a tagged call."""
@@ -81,6 +75,20 @@ class FunctionTool:
         values = {name: getattr(checked, name) for name in checked.__struct_fields__}
         result = await self._function(context, **values)
         return Observation(text=result) if isinstance(result, str) else result
+
+
+def _fields(function: ToolFunction) -> list[tuple[str, Any] | tuple[str, Any, Any]]:
+    """Name, type and default of each parameter after the context; text unless it says otherwise."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    if not parameters or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise ToolError("bad_tool", f"{function.__name__} needs named arguments after the context")
+    hints = typing.get_type_hints(function, include_extras=True)
+    return [
+        (p.name, hints.get(p.name, str))
+        if p.default is p.empty
+        else (p.name, hints.get(p.name, str), p.default)
+        for p in parameters
+    ]
 
 
 def _json_schema(arguments: type[msgspec.Struct]) -> dict[str, Any]:

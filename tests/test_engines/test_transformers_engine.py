@@ -12,7 +12,7 @@ from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
 from engines.engine import Sample, SampleRequest
-from engines.errors import EngineError
+from engines.errors import EngineError, TooLong
 from engines.transformers_engine import TransformersEngine
 
 MakeFolder = Callable[..., Path]
@@ -258,10 +258,26 @@ async def test_a_caller_that_goes_away_frees_its_slot(make_folder: MakeFolder) -
     await engine.close()
 
 
+async def test_a_load_that_is_given_up_harms_nobody(make_folder: MakeFolder) -> None:
+    """Whether its weights were taken or not, the engine goes on, and takes the next ones."""
+    folder = make_folder("llama")
+    weights = (folder / "model.safetensors").read_bytes()
+    engine = open_engine(folder, weight_swap="turn")
+    running = asyncio.create_task(engine.sample(SampleRequest(ids=[4], max_tokens=100)))
+    given_up = asyncio.create_task(engine.load(weights, 1))
+    await engine.interrupt()
+    given_up.cancel()
+    await engine.load(weights, 2)
+    assert engine.policy_version == 2
+    assert (await running).finish_reason == "partial"
+    await engine.close()
+
+
 async def test_the_context_bounds_a_turn(make_folder: MakeFolder) -> None:
-    """A turn that fills the model's 128 positions ends by length, the last token being sampled there."""
-    engine = open_engine(make_folder("gpt2"))
-    sample = await engine.sample(SampleRequest(ids=[9] * 120, max_tokens=50, temperature=0))
-    assert sample.finish_reason in {"length", "stop"}
-    assert len(sample.ids) <= 8
+    """A turn that fills the model's 128 positions ends by length; a prompt that fills them is refused."""
+    engine = open_engine(make_folder("endless"))
+    sample = await engine.sample(SampleRequest(ids=[9] * 120, max_tokens=50))
+    assert (len(sample.ids), sample.finish_reason) == (8, "length")
+    with pytest.raises(TooLong):
+        await engine.sample(SampleRequest(ids=[9] * 128, max_tokens=1))
     await engine.close()

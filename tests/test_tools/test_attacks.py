@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -349,8 +350,6 @@ def test_the_filter_denies_what_it_lists(machine: str, arch: int) -> None:
 
 def interpret(program: bytes, number: int, arch: int, arguments: tuple[int, ...]) -> int:
     """The few BPF instructions that the filter is made of."""
-    import struct
-
     data = struct.pack("IIQ6Q", number, arch, 0, *[*arguments, 0, 0, 0, 0, 0, 0][:6])
     accumulator = at = 0
     while True:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import venv
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -174,6 +175,31 @@ async def test_an_import_that_is_not_there_is_told() -> None:
     with pytest.raises(SandboxError, match=r"start_failed.*no_such_module"):
         await sandbox.run("1")
     await sandbox.close()
+
+
+async def test_an_interpreter_below_tmp_can_be_used(tmp_path: Path) -> None:
+    """The call's own /tmp does not hide the virtual environment that the server was started from."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (packages / "beside.py").write_text("here = __file__")
+    (packages / "ours.pth").write_text("\n".join(path for path in sys.path if path))
+    program = (
+        "import asyncio\n"
+        "from tools.sandbox.ns import NamespaceSandbox\n"
+        "async def main():\n"
+        "    sandbox = NamespaceSandbox()\n"
+        "    code = 'import beside, os, sys; print(beside.here, os.listdir(), sys.path)'\n"
+        "    print((await sandbox.run(code)).output.decode())\n"
+        "    await sandbox.close()\n"
+        "asyncio.run(main())\n"
+    )
+    python = tmp_path / "venv" / "bin" / "python"
+    process = await asyncio.create_subprocess_exec(
+        python, "-c", program, stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    top = tmp_path.relative_to("/tmp").parts[0]
+    assert output.decode().startswith(f"{packages}/beside.py ['{top}']")
 
 
 # -- limits ----------------------------------------------------------------------------------------

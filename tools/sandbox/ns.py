@@ -1,4 +1,8 @@
-"""The `ns` tier: Linux namespaces, no root and no packages needed; the asyncio client of the fork server."""
+"""The `ns` tier: Linux namespaces, no root and no packages needed; the asyncio client of the fork server.
+
+Its limit of total memory is soft: a watcher looks every 0.1 s, and does not see the kernel's own buffers (pipes,
+sockets). The hard line is a cgroup around the replica.
+"""
 
 import asyncio
 import contextlib
@@ -40,7 +44,7 @@ _ENVIRONMENT = {
 
 
 class _Answer(msgspec.Struct):
-    """What the server says of a call; see zygote.py."""
+    """What the server says of a call, or of its own start; see zygote.py."""
 
     reason: Literal["exit", "wall", "memory", "killed"] = "exit"
     exit_code: int = 0
@@ -60,12 +64,15 @@ class NamespaceSandbox:
         self._closed = False
 
     async def run(self, code: str, *, stdin: bytes = b"", limits: Limits | None = None) -> Outcome:
-        """See Sandbox.run. Codes: `start_failed`, `setup_failed`, `zygote_died`, `no_answer`, `closed`."""
+        """See Sandbox.run.
+
+        Codes of errors: `start_failed`, `client_failed`, `setup_failed`, `zygote_died`, `no_answer`, `closed`.
+        """
         limits = limits or Limits()
         server = await self._running_server()
         try:
             return await server.run(code, stdin, limits)
-        except BrokenPipeError:  # it died idle: this call was never in it
+        except _DeadBefore:  # it died idle: this call was never in it
             server = await self._running_server()
             return await server.run(code, stdin, limits)
 
@@ -89,6 +96,13 @@ class NamespaceSandbox:
             return self._server
 
 
+class _DeadBefore(SandboxError):
+    """The server was dead before a call reached it."""
+
+    def __init__(self) -> None:
+        super().__init__("zygote_died", "the fork server died before the call")
+
+
 class _ForkServer:
     """One process of zygote.py."""
 
@@ -101,10 +115,27 @@ class _ForkServer:
     @classmethod
     async def start(cls, imports: Sequence[str]) -> "_ForkServer":
         """Start it and wait until it serves. Raises SandboxError."""
+        try:
+            server = await cls._spawn(imports)
+        except OSError as error:
+            raise SandboxError("start_failed", str(error)) from error
+        try:
+            refusal = await server._greeting()
+        except BaseException:  # cancelled
+            await server.stop()
+            raise
+        if refusal:
+            await server.stop()
+            raise SandboxError("start_failed", refusal)
+        return server
+
+    @classmethod
+    async def _spawn(cls, imports: Sequence[str]) -> "_ForkServer":
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        control.setblocking(False)
-        control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _QUEUE_BYTES)
-        with theirs:
+        with contextlib.ExitStack() as on_error, theirs:
+            on_error.enter_context(control)
+            control.setblocking(False)
+            control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _QUEUE_BYTES)
             settings = {"control_fd": theirs.fileno(), "imports": list(imports)}
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -118,20 +149,20 @@ class _ForkServer:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # a Ctrl-C is for the client, who drains first
             )
-        server = cls(process, control)
+            on_error.pop_all()
+        return cls(process, control)
+
+    async def _greeting(self) -> str:
+        """What kept it from serving; empty when it serves."""
         try:
             async with asyncio.timeout(_START_S):
-                greeting = await asyncio.get_running_loop().sock_recv(control, PACKET_BYTES)
-            error = json.loads(greeting).get("error") if greeting else "it ended; see its stderr"
+                loop = asyncio.get_running_loop()
+                packet = await loop.sock_recv(self._control, PACKET_BYTES)
         except TimeoutError:
-            error = f"not ready within {_START_S:g} s"
-        except BaseException:
-            await server.stop()
-            raise
-        if error:
-            await server.stop()
-            raise SandboxError("start_failed", error)
-        return server
+            return f"not ready within {_START_S:g} s"
+        if not packet:
+            return "it ended before it was ready; see its stderr"
+        return msgspec.json.decode(packet, type=_Answer).error
 
     @property
     def dead(self) -> bool:
@@ -139,10 +170,13 @@ class _ForkServer:
         return self._gone or self._process.returncode is not None
 
     async def run(self, code: str, stdin: bytes, limits: Limits) -> Outcome:
-        """One call. Raises BrokenPipeError when the server was dead before it, SandboxError when it dies in it."""
+        """One call. Raises _DeadBefore, or another SandboxError when the server dies in it."""
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as ours:  # closing the leash, when cancelled, kills the call
-            leash, output = await self._begin(ours, code, stdin, limits)
+            try:
+                leash, output = await self._begin(ours, code, stdin, limits)
+            except OSError as error:  # descriptors or memory of this process
+                raise SandboxError("client_failed", str(error)) from error
             try:
                 async with asyncio.timeout(limits.wall_s + _GRACE_S):
                     packet = await loop.sock_recv(leash, PACKET_BYTES)
@@ -156,7 +190,7 @@ class _ForkServer:
             if not packet:
                 self._give_up()
                 raise SandboxError("zygote_died", "the fork server died during the call")
-            output.read()
+            output.read()  # no process of the call is left that could write more
         answer = msgspec.json.decode(packet, type=_Answer)
         if answer.error:
             raise SandboxError("setup_failed", answer.error)
@@ -210,10 +244,12 @@ class _ForkServer:
         async with self._sending:
             while True:
                 if self._gone:
-                    raise BrokenPipeError
+                    raise _DeadBefore
                 try:
                     socket.send_fds(self._control, [packet], fds)
                     return
+                except BrokenPipeError:
+                    raise _DeadBefore from None
                 except BlockingIOError:
                     writable = loop.create_future()
                     loop.add_writer(self._control, writable.set_result, None)

@@ -1,0 +1,217 @@
+"""Names to tools, functions as tools, and the tools that are there."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tools.errors import ToolError, UnknownTool
+from tools.observation import shorten
+from tools.registry import FunctionTool, load_tools
+from tools.sandbox.ns import NamespaceSandbox
+from tools.sandbox.sandbox import Limits
+from tools.sandbox.select import open_sandbox
+from tools.tool import Context, Observation, Tool
+
+EXAMPLES = str(Path(__file__).parents[2] / "examples")
+
+
+@pytest.fixture
+async def context() -> AsyncIterator[Context]:
+    """With a real sandbox."""
+    sandbox = NamespaceSandbox()
+    yield Context(run=sandbox.run, limits=Limits(wall_s=0.5), task={"mark": "?"})
+    await sandbox.close()
+
+
+# -- the python tool ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "ok"),
+    [
+        ("1 + 1", "2\n", True),
+        ("x = 1", "(no output)", True),
+        (
+            "import time\nprint('a', end='', flush=True)\ntime.sleep(9)",
+            "a\nTimed out after 0.5 s.",
+            False,
+        ),
+        ("import sys\nsys.stdout.buffer.write(b'\\xff')\nNone", "\ufffd", True),
+        ("import sys; sys.exit(3)", "Ended with exit code 3.", False),
+        ("import os; os.abort()", "Killed by SIGABRT.", False),
+    ],
+)
+async def test_the_python_tool_says_what_happened(
+    context: Context, code: str, text: str, ok: bool
+) -> None:
+    """Output, and a plain sentence where the output does not say why it ended."""
+    (tool,) = load_tools(["python"]).values()
+    assert await tool(context, {"code": code}) == Observation(text=text, ok=ok)
+
+
+async def test_the_python_tool_keeps_no_state(context: Context) -> None:
+    """Each call begins anew; an error is an observation with its traceback."""
+    (tool,) = load_tools(["python"]).values()
+    await tool(context, {"code": "x = 1; open('/tmp/x', 'w')"})
+    seen = await tool(context, {"code": "import os; print(os.listdir('/tmp')); x"})
+    assert seen.text.startswith("[]\nTraceback")
+    assert seen.text.endswith("NameError: name 'x' is not defined\n")
+    assert not seen.ok
+
+
+async def test_the_unsafe_tier_runs_the_same_tool() -> None:
+    """By explicit choice only: same output, same limits of time and output."""
+    sandbox = await open_sandbox("unsafe")
+    (tool,) = load_tools(["python"]).values()
+    context = Context(run=sandbox.run, limits=Limits(wall_s=5, output_bytes=1000), task={})
+    assert await tool(context, {"code": "6 * 7"}) == Observation(text="42\n")
+    seen = await tool(context, {"code": "while True: print('x')"})
+    assert seen.text.endswith("Killed: it printed more than 1000 bytes.")
+    slow = Context(run=sandbox.run, limits=Limits(wall_s=0.5), task={})
+    seen = await tool(slow, {"code": "import time; time.sleep(9)"})
+    assert seen == Observation(text="Timed out after 0.5 s.", ok=False)
+    await sandbox.close()
+
+
+# -- functions as tools ------------------------------------------------------------------------------
+
+
+async def search(
+    context: Context, query: str, limit: int = 3, order: Literal["new", "old"] = "new"
+) -> str:
+    """Find pages."""
+    return f"{query} {limit} {order}"
+
+
+async def test_a_function_describes_itself(context: Context) -> None:
+    """Name, description and schema come from the function; the first argument takes a tag's body."""
+    tool: Tool = FunctionTool(search)
+    assert (tool.name, tool.description, tool.argument) == ("search", "Find pages.", "query")
+    assert tool.parameters == {
+        "type": "object",
+        "properties": {
+            "query": {"type": "string"},
+            "limit": {"type": "integer", "default": 3},
+            "order": {"enum": ["new", "old"], "default": "new"},
+        },
+        "required": ["query"],
+        "additionalProperties": False,
+    }
+    assert await tool(context, {"query": "q", "limit": "5"}) == Observation(text="q 5 new")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({}, "query"),
+        ({"query": 1}, "query"),
+        ({"query": "q", "limit": "many"}, "limit"),
+        ({"query": "q", "order": "best"}, "order"),
+        ({"query": "q", "colour": "red"}, "colour"),
+    ],
+)
+async def test_wrong_arguments_are_told_by_name(
+    context: Context, arguments: dict[str, Any], named: str
+) -> None:
+    """An observation, not an error: the policy made it."""
+    seen = await FunctionTool(search)(context, arguments)
+    assert not seen.ok
+    assert named in seen.text
+
+
+# -- names -------------------------------------------------------------------------------------------
+
+
+async def test_a_tool_beside_the_recipe(context: Context) -> None:
+    """`module:function` is looked up in the recipe's directory; the example works."""
+    (tool,) = load_tools(["shout_tool:shout"], EXAMPLES).values()
+    assert tool.name == "shout"
+    assert await tool(context, {"text": "hi", "marks": 2}) == Observation(text="HI??")
+    assert not (await tool(context, {"text": " "})).ok
+
+
+OBJECT_TOOL = """
+class Stateful:
+    name = 'stateful'
+    description = ''
+    parameters = {}
+    argument = 'text'
+    async def __call__(self, context, arguments): ...
+
+tool = Stateful()
+"""
+
+
+def test_an_object_is_a_tool_too(tmp_path: Path) -> None:
+    """What has a tool's attributes is used as it is."""
+    Path(tmp_path, "object_tool.py").write_text(OBJECT_TOOL)
+    (tool,) = load_tools(["object_tool:tool"], str(tmp_path)).values()
+    assert tool.name == "stateful"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("pyton", "did you mean python"),
+        ("zzz", "there are python"),
+        ("no_such_module:f", "no_such_module"),
+        ("json:no_such_function", "no_such_function"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_refused(name: str, says: str) -> None:
+    """With the closest there is."""
+    with pytest.raises(UnknownTool, match=says):
+        load_tools([name])
+
+
+@pytest.mark.parametrize("name", ["json:dumps", "json:__doc__"])
+def test_what_is_not_a_tool_is_refused(name: str) -> None:
+    """Before the run begins."""
+    with pytest.raises(ToolError):
+        load_tools([name])
+
+
+def test_an_import_error_inside_a_users_module_is_its_own(tmp_path: Path) -> None:
+    """Not taken for an unknown tool."""
+    Path(tmp_path, "broken_tool.py").write_text("import no_such_dependency")
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        load_tools(["broken_tool:f"], str(tmp_path))
+
+
+def test_two_tools_of_one_name_are_refused() -> None:
+    """The policy could not tell them apart."""
+    with pytest.raises(ToolError, match="duplicate"):
+        load_tools(["python", "tools.python:python"])
+
+
+# -- observations ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        ("both", "ab\n[4 characters cut]\ng"),
+        ("start", "abc\n[4 characters cut]"),
+        ("end", "[4 characters cut]\nefg"),
+    ],
+)
+def test_shortened_text_says_how_much_is_missing(keep: Any, expected: str) -> None:
+    """The kept parts are those asked for."""
+    assert shorten("abcdefg", 3, keep) == expected
+
+
+@given(st.text(), st.integers(1, 50))
+def test_shortening_keeps_what_fits(text: str, max_chars: int) -> None:
+    """Text within the limit is untouched; otherwise exactly the limit is kept."""
+    short = shorten(text, max_chars)
+    if len(text) <= max_chars:
+        assert short == text
+    else:
+        marker = f"[{len(text) - max_chars} characters cut]"
+        kept = short.replace(marker, "", 1)
+        assert len(kept) - max_chars in (1, 2)  # the newlines around the marker
+        assert short.startswith(text[: (max_chars + 1) // 2])
