@@ -9,12 +9,14 @@ groups_per_step * (max_staleness + 1), so sampling cannot run further ahead of l
 """
 
 import hashlib
+import itertools
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 from msgspec import structs
 
+from actors.decisions import Admit, Decision, End, Finish, Sweep, View, Wake
+from actors.tasks import Evaluations, Tasks
 from schemas.events import (
     Admitted,
     AnyEvent,
@@ -43,48 +45,6 @@ ATTEMPTS = 2
 
 _RECENT = 32
 """Ends looked at to see whether admissions keep failing."""
-
-
-class View(NamedTuple):
-    """What the dispatcher sees beside the log."""
-
-    now_s: float
-    policy_version: int
-    """Of the pointer; -1 before version 0."""
-    generators: int = 1
-    """Live replicas."""
-    held: frozenset[str] = frozenset()
-    """Trajectories that live replicas say they are working on."""
-    backlog: frozenset[str] = frozenset()
-    """Stages whose queue is not empty: there silence means waiting, not loss."""
-
-
-class Admit(NamedTuple):
-    """Put the private part away if there is one, then append these and wake a generator for each."""
-
-    events: list[Admitted]
-    private: dict[str, Any] | None = None
-
-
-class End(NamedTuple):
-    """Append these in order, each after its sequence; stop at the first that has moved."""
-
-    events: list[tuple[Expired | Failed | Dropped, int]]
-
-
-class Sweep(NamedTuple):
-    """Send the trajectory's next work message, again or after a barrier."""
-
-    trajectory: str
-
-
-class Finish(NamedTuple):
-    """Append the run's end."""
-
-    event: Ended
-
-
-Decision = Admit | End | Sweep | Finish
 
 
 class Live:
@@ -116,6 +76,8 @@ class Group:
         """Members whose newest attempt has failed."""
         self.ended: set[int] = set()
         """Members whose newest attempt was expired or dropped."""
+        self.expired = False
+        """One of them was expired: the task is to be admitted again."""
 
     @property
     def lost(self) -> bool:
@@ -139,25 +101,16 @@ class Dispatcher:
         replica: str = "",
     ) -> None:
         self._recipe = recipe
-        self._rows = rows
-        self._rows_read = 0
-        self._rows_ready: dict[int, TaskRow] = {}
-        """Rows read and not yet seen admitted, by the number of their group."""
-        self._evaluation = evaluation
+        self._tasks = Tasks(recipe, rows)
+        self._evaluations = Evaluations(recipe, evaluation)
         self._replica = replica
         self.live: dict[str, Live] = {}
         self.groups: dict[str, Group] = {}
         """Training groups that hold a slot."""
         self._attention: set[str] = set()
         """Groups with a failed or ended member."""
-        self._again: dict[str, Admitted] = {}
-        """Tasks to be admitted again, by the name of the group that was expired."""
-        self._repeats: Counter[str] = Counter()
-        """How often each task was admitted again, by the name of its first group."""
-        self._next_group = 0
-        self._evaluated: dict[int, set[str]] = {}
-        """Policy version → evaluation groups admitted."""
         self._evaluation_again: dict[str, Admitted] = {}
+        """Second attempts of evaluations that failed, by group."""
         self._fresh = 0
         self._steps_begun = 0
         self._steps_done = 0
@@ -192,8 +145,7 @@ class Dispatcher:
             return
         name, member, attempt = TrajectoryId.parse(event.trajectory)
         if event.purpose == "eval":
-            assert event.pinned_policy_version is not None, "evaluation is pinned"
-            self._evaluated.setdefault(event.pinned_policy_version, set()).add(name)
+            self._evaluations.admitted(name)
             self._evaluation_again.pop(name, None)
         else:
             group = self.groups.get(name) or self._new_group(name, event)
@@ -205,13 +157,7 @@ class Dispatcher:
         self._fresh += 1
 
     def _new_group(self, name: str, first: Admitted) -> Group:
-        base, _, repeat = name.partition("r")
-        number = int(base[1:])
-        self._next_group = max(self._next_group, number + 1)
-        self._rows_ready.pop(number, None)
-        if repeat:
-            self._repeats[base] = max(self._repeats[base], int(repeat))
-            self._again = {old: task for old, task in self._again.items() if base_of(old) != base}
+        self._tasks.admitted(name)
         group = self.groups[name] = Group(first)
         return group
 
@@ -248,10 +194,11 @@ class Dispatcher:
                 self._evaluation_again[name] = structs.replace(live.admitted, trajectory=retry)
             return
         (group.failed if isinstance(event, Failed) else group.ended).add(member)
-        if isinstance(event, Expired):
-            self._again[name] = group.first
+        group.expired |= isinstance(event, Expired)
         self._attention.add(name)
         if group.over:
+            if group.expired:
+                self._tasks.expired(name, group.first)
             self._forget(name)
 
     def _free(self, trajectories: Sequence[str]) -> None:
@@ -270,19 +217,16 @@ class Dispatcher:
         """Whom to admit, replace and close; the same again until the log shows it done."""
         if self.ended:
             return []
-        decisions: list[Decision] = list(self._mend())
-        if self._recipe.asynchrony.barriers:
-            decisions += self._release()
         steps = self._recipe.learner.steps
         over = self._steps_done >= steps and view.policy_version >= steps
-        if over:
-            # what is left will not be trained
-            decisions += [self._close(name, Expired, "the run has ended") for name in self.groups]
+        decisions = list(self._close_all() if over else self._mend())
+        if self._recipe.asynchrony.barriers:
+            decisions += self._release()
         if view.policy_version >= 0 and not self.paused:
             decisions += self._evaluate(view.policy_version)
             decisions += () if over else self._admit(view)
-        if over and not decisions and not self.live:
-            decisions.append(Finish(Ended(replica=self._replica, reason="all steps done")))
+            if over and not decisions and not self.live:
+                decisions.append(Finish(Ended(replica=self._replica, reason="all steps done")))
         return decisions
 
     def patrol(self, view: View) -> list[Decision]:
@@ -338,7 +282,8 @@ class Dispatcher:
             and live.oldest_version is not None
             and live.oldest_version < oldest_allowed
         }
-        return (self._close(name, Expired, "too stale") for name in stale)
+        for name in stale:
+            yield from self._close(name, Expired, "too stale")
 
     def _missing(self) -> Iterator[Decision]:
         for name, group in self.groups.items():
@@ -350,10 +295,10 @@ class Dispatcher:
         """Replace failed members; a group that is lost is closed whole."""
         for name in self._attention:
             group = self.groups[name]
-            if group.ended:
-                yield self._close(name, Expired, "its group was closed")
+            if group.expired:
+                yield from self._close(name, Expired, "its group was closed")
             elif group.lost:
-                yield self._close(name, Dropped, "a member of its group failed for good")
+                yield from self._close(name, Dropped, "a member of its group failed for good")
             elif group.failed:
                 yield Admit(
                     [
@@ -362,45 +307,34 @@ class Dispatcher:
                     ]
                 )
 
-    def _close(self, name: str, kind: type[Expired] | type[Dropped], reason: str) -> End:
+    def _close_all(self) -> Iterator[Decision]:
+        """What is left at the end will not be trained."""
+        for name in self.groups:
+            yield from self._close(name, Expired, "the run has ended")
+
+    def _close(
+        self, name: str, kind: type[Expired] | type[Dropped], reason: str
+    ) -> Iterator[Decision]:
         """End a group whole, unfinished members first, so that it cannot become complete meanwhile."""
         slots = self.groups[name].attempts.items()
         members = [str(TrajectoryId(name, *slot)) for slot in slots]
-        alive = [member for member in members if member in self.live]
-        alive.sort(key=lambda member: self.live[member].stage == "scored")
-        return End(
-            [
-                (
-                    kind(trajectory=member, replica=self._replica, reason=reason),
-                    self.live[member].seq,
-                )
-                for member in alive
-            ]
-        )
+        alive = [(member, self.live[member]) for member in members if member in self.live]
+        alive.sort(key=lambda pair: pair[1].stage == "scored")
+        if alive:
+            yield End(
+                [
+                    (kind(trajectory=member, replica=self._replica, reason=reason), live.seq)
+                    for member, live in alive
+                ]
+            )
 
     # -- admission ---------------------------------------------------------------------------------
 
-    def _evaluate(self, version: int) -> Iterator[Decision]:
+    def _evaluate(self, policy_version: int) -> Iterator[Decision]:
         if self._evaluation_again:
             yield Admit(list(self._evaluation_again.values()))
-        every, steps = self._recipe.evaluation.every_steps, self._recipe.learner.steps
-        if not (version in (0, steps) or (every and version % every == 0)):
-            return
-        known = self._evaluated.get(version, set())
-        for index, row in enumerate(self._evaluation):
-            name = f"e{version}x{index}"
-            if name not in known:
-                template = Admitted(
-                    trajectory="",
-                    task=row.id,
-                    public=row.public,
-                    private_key=name,
-                    purpose="eval",
-                    min_policy_version=version,
-                    pinned_policy_version=version,
-                    temperature=self._recipe.evaluation.temperature,
-                )
-                yield Admit([self._member(template, name, 0, 0)], row.private)
+        for task in self._evaluations.upcoming(policy_version):
+            yield Admit([self._member(task.template, task.group, 0, 0)], task.private)
 
     def _release(self) -> Iterator[Decision]:
         """Wake all at a barrier, once the last has reached it."""
@@ -408,7 +342,7 @@ class Dispatcher:
         if all(live.seq > live.woken_seq for live in running):
             for live in running:
                 live.woken_seq = live.seq
-                yield Sweep(live.admitted.trajectory)
+                yield Wake(live.admitted.trajectory)
 
     def _admit(self, view: View) -> Iterator[Decision]:
         learner = self._recipe.learner
@@ -420,39 +354,11 @@ class Dispatcher:
             slots = min(slots, 1)  # one group at a time shows whether it is over
         room = 2 * self._recipe.generator.slots * max(1, view.generators) - self._fresh
         free = min(slots - len(self.groups), -(-room // learner.group_size))
-        again = list(self._again.items())
-        for index in range(max(0, free)):
-            if index < len(again):
-                name, template = self._repeat(*again[index], view.policy_version)
-                private = None
-            else:
-                number = self._next_group + index - len(again)
-                name, template, private = self._next_task(number, view.policy_version)
+        for task in itertools.islice(self._tasks.upcoming(view.policy_version), max(0, free)):
             members = range(learner.group_size)
-            yield Admit([self._member(template, name, m, 0) for m in members], private)
-
-    def _repeat(self, old: str, first: Admitted, policy_version: int) -> tuple[str, Admitted]:
-        base = base_of(old)
-        template = structs.replace(first, min_policy_version=policy_version)
-        return f"{base}r{self._repeats[base] + 1}", template
-
-    def _next_task(self, number: int, policy_version: int) -> tuple[str, Admitted, dict[str, Any]]:
-        while self._rows_read <= number:
-            row = next(self._rows)
-            if self._rows_read >= self._next_group:
-                self._rows_ready[self._rows_read] = row
-            self._rows_read += 1
-        row = self._rows_ready[number]
-        name = f"g{number}"
-        template = Admitted(
-            trajectory="",
-            task=row.id,
-            public=row.public,
-            private_key=name,
-            min_policy_version=policy_version,
-            temperature=self._recipe.sampling.temperature,
-        )
-        return name, template, row.private
+            yield Admit(
+                [self._member(task.template, task.group, m, 0) for m in members], task.private
+            )
 
     def _member(self, template: Admitted, group: str, member: int, attempt: int) -> Admitted:
         return structs.replace(
@@ -461,11 +367,6 @@ class Dispatcher:
             replica=self._replica,
             seed=place_seed(self._recipe.seed, group, member, attempt),
         )
-
-
-def base_of(group: str) -> str:
-    """`g12` of g12 and of its repeats g12r1, g12r2, …"""
-    return group.partition("r")[0]
 
 
 def place_seed(seed: int, group: str, member: int, attempt: int) -> int:

@@ -9,21 +9,23 @@ from typing import Any
 import structlog
 
 from actors.data import evaluation_rows, training_rows
-from actors.dispatcher import Admit, Decision, Dispatcher, End, Finish, Sweep, View
+from actors.decisions import Admit, Decision, End, Finish, Sweep, View, Wake
+from actors.dispatcher import Dispatcher
 from actors.fleet import Fleet
 from actors.process import Process
-from bus import policy, private
+from bus import policy, private, subjects
 from bus.errors import BusError, Conflict, Unavailable
 from bus.lease import Lease
-from bus.log import Stored, follow_dead
+from bus.log import Stored, fold_stored, follow_dead
 from bus.work import backlog, publish_again, publish_work
-from schemas.events import Admitted
+from schemas.events import Admitted, TrajectoryEvent
 from schemas.messages import DeadLetter
 from schemas.trajectory import Trajectory
 
 log = structlog.get_logger()
 
 _PATROL_S = 1.0
+_POLL_S = 0.1
 _APPENDS_AT_ONCE = 32
 
 
@@ -45,6 +47,8 @@ class Dispatching:
         self._patrol_s = 0.0
         self._letters: asyncio.Queue[DeadLetter] = asyncio.Queue()
         self._appends = asyncio.Semaphore(_APPENDS_AT_ONCE)
+        self._states: dict[str, Trajectory | None] = {}
+        """With barriers: what is to be woken, folded here so that a barrier costs no reading."""
 
     async def serve(self) -> None:
         """Wait for the lease, then act until it is lost, the run ends or we are told to stop."""
@@ -93,7 +97,11 @@ class Dispatching:
 
     async def _act(self) -> None:
         """Fold what comes; at the end of what is stored, decide."""
-        async for found in self._process.log.follow():
+        run = self._process.run
+        barriers = self._process.recipe.asynchrony.barriers
+        # the learner's events free slots; with barriers every event may be the last that all wait for
+        hint = subjects.log(run) if barriers else subjects.learner(run, "*")
+        async for found in self._process.log.follow(poll_s=_POLL_S, hint=hint):
             now = time.monotonic()
             for stored in found:
                 self._observe(stored, now)
@@ -139,6 +147,11 @@ class Dispatching:
 
     def _observe(self, stored: Stored, now_s: float) -> None:
         self._dispatcher.observe(stored.event, stored.seq, now_s)
+        event = stored.event
+        if self._process.recipe.asynchrony.barriers and isinstance(event, TrajectoryEvent):
+            self._states[event.trajectory] = fold_stored(self._states.get(event.trajectory), stored)
+        elif not self._dispatcher.live:
+            self._states.clear()
 
     async def _carry_out(self, decisions: Iterable[Decision]) -> None:
         async with asyncio.TaskGroup() as group:
@@ -153,6 +166,8 @@ class Dispatching:
                 await self._end(decision)
             elif isinstance(decision, Sweep):
                 await self._sweep(decision.trajectory)
+            elif isinstance(decision, Wake):
+                await self._wake(decision.trajectory)
             else:
                 assert isinstance(decision, Finish)
                 await self._process.log.append_run(decision.event)
@@ -184,6 +199,11 @@ class Dispatching:
                 except Conflict:
                     return  # it has moved: decided anew when the log shows how
                 self._dispatcher.observe(event, seq, time.monotonic())
+
+    async def _wake(self, trajectory: str) -> None:
+        state = self._states.get(trajectory)
+        if state is not None:
+            await publish_work(self._process.bus, self._process.run, state)
 
     async def _sweep(self, trajectory: str) -> None:
         state = await self._process.log.trajectory(trajectory)

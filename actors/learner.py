@@ -57,6 +57,9 @@ class Planner:
         """Group → member → its scored trajectory."""
         self._ready: list[str] = []
         """Complete groups in the order in which they became so."""
+        self._checked: set[str] = set()
+        """Ready groups that `filters` has found good for the version below."""
+        self._checked_version = -1
         self._filtered: dict[str, list[Trajectory]] = {}
         """Groups filtered since the last step, with those of their members that count in its rewards."""
         self.failed_by_cause: Counter[str] = Counter()
@@ -97,7 +100,10 @@ class Planner:
             self.since_s = self.since_s or self.now_s
         if known is None and not isinstance(event, Admitted):
             return  # of an evaluation, or trained and forgotten
-        state = fold(known, event, seq)  # type: ignore[arg-type]
+        try:
+            state = fold(known, event, seq)  # type: ignore[arg-type]
+        except ValueError:
+            return  # junk, written past the commit rule, changes nothing
         self.trajectories[event.trajectory] = state
         if isinstance(event, Turn):
             self.sampled_tokens += event.tokens.sampled_count
@@ -144,17 +150,29 @@ class Planner:
     # -- what to do --------------------------------------------------------------------------------
 
     def filters(self, policy_version: int) -> list[Filtered]:
-        """Complete groups that will not be trained, and why."""
+        """Complete groups that will not be trained, and why; each is looked at once per version.
+
+        None after the last step: then the dispatcher closes what is left, and no group may be ended twice.
+        """
+        if self.step >= self._recipe.learner.steps:
+            return []
+        if policy_version != self._checked_version:
+            self._checked_version = policy_version
+            self._checked.clear()
         oldest_allowed = policy_version - self._recipe.asynchrony.max_staleness
         found = []
         for name in self._ready:
+            if name in self._checked:
+                continue
             members = [self.trajectories[member] for member in self._scored[name].values()]
             reason: Literal["stale", "zero_variance"] | None = None
             if oldest_version(members) < oldest_allowed:
                 reason = "stale"
             elif zero_variance([member.reward or 0.0 for member in members]):
                 reason = "zero_variance"
-            if reason is not None:
+            if reason is None:
+                self._checked.add(name)
+            else:
                 found.append(
                     Filtered(
                         replica=self._replica,
@@ -168,9 +186,7 @@ class Planner:
     def plan(self, policy_version: int) -> Step | None:
         """The next step, once its batch is full; call it when `filters` has nothing more."""
         learner = self._recipe.learner
-        if self.step >= learner.steps or (
-            self.batches.get(self.step) and self.step not in self.stepped
-        ):
+        if self.step >= learner.steps:
             return None
         completed = len(self._ready) + len(self._filtered)
         full = len(self._ready) >= learner.groups_per_step

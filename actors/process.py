@@ -199,7 +199,9 @@ class Hops:
         except Conflict:
             await self._moved_on(await process.log.trajectory(state.id), delivery)
             return
-        if not process.recipe.asynchrony.barriers:  # with barriers the dispatcher wakes the next stage
+        if (
+            not process.recipe.asynchrony.barriers
+        ):  # with barriers the dispatcher wakes the next stage
             await publish_work(process.bus, process.run, fold(state, event, seq))
         await delivery.done()
 

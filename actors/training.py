@@ -34,6 +34,7 @@ NAME = "main"
 """This learner's name in the log."""
 
 _CHECKPOINTS_KEPT = 2
+_POLL_S = 0.05
 
 
 class Training:
@@ -119,7 +120,7 @@ class Training:
     # -- versions 1, 2, … --------------------------------------------------------------------------
 
     async def _train(self) -> None:
-        async for found in self._process.log.follow():
+        async for found in self._process.log.follow(poll_s=_POLL_S):
             for stored in found:
                 self._planner.observe(stored.event, stored.seq, stored.time_s)
                 if isinstance(stored.event, Ended):

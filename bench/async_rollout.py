@@ -104,7 +104,7 @@ async def read_rate(log: Log, in_flight: int, warm_up: int, counted: int) -> Rat
         if isinstance(event, Turn):
             stages = known[event.trajectory].stages_s
             stages.append(event.tokens.sampled_count * workload.script.seconds_per_token)
-            stages += [call.arguments["milliseconds"] / 1e3 for call in event.calls]
+            stages += [int(call.arguments["milliseconds"]) / 1e3 for call in event.calls]
         elif isinstance(event, Scored):
             known[event.trajectory].scored_s = stored.time_s
             done.append(event.trajectory)
@@ -185,7 +185,9 @@ async def run(names: Sequence[str], in_flight: int, window_s: float) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="two batches of each")
     parser.add_argument("--in-flight", type=int, default=64)
     parser.add_argument("--window-s", type=float, default=15.0)

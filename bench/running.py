@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -52,7 +52,12 @@ class RealRun:
     """A run that was started by `start_run`."""
 
     def __init__(
-        self, bus: Bus, log: Log, server: EmbeddedServer, child: asyncio.subprocess.Process, output: Path
+        self,
+        bus: Bus,
+        log: Log,
+        server: EmbeddedServer,
+        child: asyncio.subprocess.Process,
+        output: Path,
     ) -> None:
         self.log = log
         self._bus = bus
@@ -88,10 +93,10 @@ class RealRun:
             await self.log.append_run(Stopping(replica="bench", reason="measured"))
             await self._child.wait()
 
-    def cpu_s(self) -> Counter[str]:
+    def cpu_s(self) -> dict[str, float]:
         """CPU seconds so far by process: a role, `sandbox`, `supervisor`, `nats-server`."""
         supervisor = psutil.Process(self._child.pid)
-        used: Counter[str] = Counter()
+        used: dict[str, float] = defaultdict(float)
         used["supervisor"] = _own_s(supervisor)
         used["nats-server"] = _own_s(psutil.Process(self._server.pid))
         for process in supervisor.children(recursive=True):

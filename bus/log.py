@@ -32,8 +32,8 @@ log = structlog.get_logger()
 
 _BATCH = 512
 _ANSWER_S = 2.0
-_POLL_S = 1.0
-"""A follower looks this often even when no hint comes: hints are core messages and may be lost."""
+POLL_S = 0.25
+"""How often a follower looks for more."""
 
 T = TypeVar("T")
 
@@ -123,32 +123,34 @@ class StreamReader:
                 yield raw
 
     async def follow(
-        self, subject: str, after: int = 0, hints: asyncio.Event | None = None
+        self, subject: str, after: int = 0, *, poll_s: float = POLL_S, hint: str = ""
     ) -> AsyncIterator[list[Raw]]:
         """Everything after a sequence and then what comes, in order, in lists; never ends.
 
-        An empty list says that the end of what is stored was reached, and comes at least once a second.
+        An empty list says that the end of what is stored was reached. Looks again every `poll_s`, and at once when
+        something is published on the subject `hint`: each hint costs the server a delivery, each look an answer.
         """
-        hint = hints or asyncio.Event()
+        woken = asyncio.Event()
 
         async def wake(_: Message) -> None:
-            hint.set()
+            woken.set()
 
-        await self._bus.subscribe(subject, wake)
+        if hint:
+            await self._bus.subscribe(hint, wake)
         while not self._bus.closed.is_set():
-            hint.clear()
+            woken.clear()
             try:
                 found, more = await self.batch(subject, after)
             except Unavailable as error:
                 log.warning("log not readable; trying again", error=str(error))
-                await asyncio.sleep(_POLL_S)
+                await asyncio.sleep(POLL_S)
                 continue
             if found:
                 after = found[-1].seq
                 yield found
             if not more:
                 yield []
-                await wait(hint, _POLL_S)
+                await wait(woken, poll_s)
 
 
 @asynccontextmanager
@@ -249,9 +251,12 @@ class Log:
         ):
             yield stored
 
-    async def follow(self, after: int = 0, subject: str = "") -> AsyncIterator[list[Stored]]:
-        """Everything in the log and then what comes; an empty list whenever the end is reached."""
-        async for found in self._reader.follow(subject or subjects.log(self.run), after):
+    async def follow(
+        self, after: int = 0, *, subject: str = "", poll_s: float = POLL_S, hint: str = ""
+    ) -> AsyncIterator[list[Stored]]:
+        """Everything in the log and then what comes, as StreamReader.follow says."""
+        subject = subject or subjects.log(self.run)
+        async for found in self._reader.follow(subject, after, poll_s=poll_s, hint=hint):
             yield [stored for raw in found if (stored := self._stored(raw)) is not None]
 
     async def _events(self, source: AsyncIterator[Raw]) -> AsyncIterator[Stored]:

@@ -40,54 +40,58 @@ class Chat(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Conversation:
-    """A demonstration; made by `conversation_of`, read by `Policy.supervised_step`."""
+    """A demonstration; made by a Segmenter, read by `Policy.supervised_step`."""
 
     ids_T: IntArray
     mask_T: BoolArray
     """True where the token is the assistant's own."""
 
 
-def conversation_of(
-    messages: Sequence[ChatMessage],
-    chat: Chat,
-    encode: Callable[[str], list[int]],
-    observation_role: str,
-) -> Conversation:
-    """Tokenise a demonstration.
+class Segmenter:
+    """Makes demonstrations into tokens, segment by segment."""
 
-    `encode` is the tokenizer's, without special tokens added. Raises BadConversation unless assistant messages come
-    after a prompt, one at a time, and one of them last.
-    """
-    turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
-    if not turns or turns[0] == 0 or turns[-1] != len(messages) - 1:
-        roles = ", ".join(message.role for message in messages)
-        raise BadConversation(f"a demonstration goes from a prompt to an assistant, not {roles}")
-    segments = [(chat.prompt_ids(messages[: turns[0]]), False)]
-    for turn, following in pairwise(turns):
-        segments.append((encode(messages[turn].content), True))
-        observations = messages[turn + 1 : following]
-        segments.append((_observation_ids(observations, chat, observation_role), False))
-    end = _end_of_turn(chat, observation_role)
-    segments.append(([*encode(messages[-1].content), end], True))
-    return Conversation(
-        ids_T=np.concatenate([np.array(ids, np.int32) for ids, _ in segments]),
-        mask_T=np.repeat([own for _, own in segments], [len(ids) for ids, _ in segments]),
-    )
+    def __init__(
+        self, chat: Chat, encode: Callable[[str], list[int]], observation_role: str
+    ) -> None:
+        """`encode` is the tokenizer's, adding no special tokens. Raises BadConversation.
 
+        A tool's messages are shown in `observation_role`.
+        """
+        self._chat = chat
+        self._encode = encode
+        self._observation_role = observation_role
+        after = chat.observation_ids([], observation_role, ended=False)
+        ends = [token for token in after if token in chat.end_ids]
+        if not ends:
+            raise BadConversation("the chat template does not end the assistant's part")
+        self._end_of_turn = ends[0]
 
-def _observation_ids(
-    observations: Sequence[ChatMessage], chat: Chat, observation_role: str
-) -> list[int]:
-    roles = {observation_role if m.role == "tool" else m.role for m in observations}
-    if len(roles) != 1:
-        found = ", ".join(sorted(roles)) or "nothing"
-        raise BadConversation(f"between assistant messages stands one role, not {found}")
-    return chat.observation_ids([m.content for m in observations], roles.pop(), ended=False)
+    def conversation(self, messages: Sequence[ChatMessage]) -> Conversation:
+        """Tokenise a demonstration.
 
+        Raises BadConversation unless assistant messages come after a prompt, one at a time, and one of them last.
+        """
+        turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        if not turns or turns[0] == 0 or turns[-1] != len(messages) - 1:
+            roles = ", ".join(message.role for message in messages)
+            raise BadConversation(
+                f"a demonstration goes from a prompt to an assistant, not {roles}"
+            )
+        segments = [(self._chat.prompt_ids(messages[: turns[0]]), False)]
+        for turn, following in pairwise(turns):
+            segments.append((self._encode(messages[turn].content), True))
+            segments.append((self._observation_ids(messages[turn + 1 : following]), False))
+        segments.append(([*self._encode(messages[-1].content), self._end_of_turn], True))
+        ids = [token for segment, _ in segments for token in segment]
+        return Conversation(
+            ids_T=np.array(ids, np.int32),
+            mask_T=np.repeat([own for _, own in segments], [len(ids) for ids, _ in segments]),
+        )
 
-def _end_of_turn(chat: Chat, role: str) -> int:
-    """The token with which the template ends the assistant's part."""
-    for token in chat.observation_ids([], role, ended=False):
-        if token in chat.end_ids:
-            return token
-    raise BadConversation("the chat template does not end the assistant's part")
+    def _observation_ids(self, observations: Sequence[ChatMessage]) -> list[int]:
+        roles = {self._observation_role if m.role == "tool" else m.role for m in observations}
+        if len(roles) != 1:
+            found = ", ".join(sorted(roles)) or "nothing"
+            raise BadConversation(f"between assistant messages stands one role, not {found}")
+        texts = [message.content for message in observations]
+        return self._chat.observation_ids(texts, roles.pop(), ended=False)

@@ -1,7 +1,8 @@
 """The model that learns and its optimizer: batches in, one optimizer step, weights out.
 
 Weights are held in float32 whatever `policy.dtype` is: an update at a learning rate of 1e-6 is lost in bfloat16.
-With `bfloat16` matrix products are in bfloat16, and so are the weights that leave.
+With `bfloat16` the weights that leave are in bfloat16, and so are matrix products where the hardware has them (a
+processor without them is 2.5 times faster in float32, measured).
 
 The same batch, weights, optimizer state and number of torch threads give the same bits. Threads are the process's
 own affair: call `torch.set_num_threads` before.
@@ -62,6 +63,8 @@ class Policy:
             model.eval()
         )  # no dropout: the engine, whose log-probabilities we compare, has none
         self.dtype = _DTYPES[config.policy.dtype]
+        """Of the weights that leave."""
+        self._product_dtype = _fastest_dtype(self.dtype, model.device)
         self.optimizer: torch.optim.AdamW
         self.restart_optimizer()
 
@@ -130,7 +133,7 @@ class Policy:
         device = self.model.device
 
         def loss_of(batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            now = sampled_logprobs(self.model, batch, temperature, self.dtype)
+            now = sampled_logprobs(self.model, batch, temperature, self._product_dtype)
             tokens_K = torch.from_numpy(batch.tokens_K)
             losses = clipped_surrogate(
                 now.logprobs_K,
@@ -157,7 +160,7 @@ class Policy:
         """
 
         def loss_of(batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            now = sampled_logprobs(self.model, batch, 1.0, self.dtype)
+            now = sampled_logprobs(self.model, batch, 1.0, self._product_dtype)
             return -now.logprobs_K.sum(), {"entropy": now.entropies_K.sum()}
 
         groups = [[conversation] for conversation in conversations]
@@ -307,6 +310,15 @@ class Policy:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
+
+
+def _fastest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """`dtype`, or float32 where that is faster and no less exact."""
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        if has["architecture"] == "x86_64" and not (has["avx512_bf16"] or has["amx_bf16"]):
+            return torch.float32
+    return dtype
 
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:

@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from learner.conversations import Chat, conversation_of
+from learner.conversations import Chat, Segmenter
 from learner.errors import BadConversation
 from learner.policy import Policy
 from schemas.recipe import Recipe
@@ -41,8 +41,8 @@ def cold_start(
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
         return ids
 
-    role = config.policy.observation_role
-    data = [conversation_of(conversation, chat, encode, role) for conversation in messages]
+    segmenter = Segmenter(chat, encode, config.policy.observation_role)
+    data = [segmenter.conversation(conversation) for conversation in messages]
     if plan.steps and not data:
         raise BadConversation("there are no demonstrations")
     with _threads(plan.threads):

@@ -100,4 +100,4 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def oldest_version(self) -> int | None:
         """The oldest policy version among the sampled tokens; None when nothing was sampled."""
-        return min((v for v in self.versions_T if v != GIVEN_VERSION), default=None)
+        return min(set(self.versions_T) - {GIVEN_VERSION}, default=None)

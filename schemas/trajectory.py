@@ -9,6 +9,7 @@ Worked example, one tool call:
     scored    1.0                                         → next: nobody; the learner reads it
 """
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ from schemas.events import (
 )
 from schemas.tokens import Tokens
 
+_ID = re.compile(r"([A-Za-z0-9_]+)-(0|[1-9][0-9]{0,8})-(0|[1-9][0-9]{0,8})")
+
 
 class TrajectoryId(NamedTuple):
     """`g12-3-0`: group g12, member 3, attempt 0."""
@@ -41,12 +44,11 @@ class TrajectoryId(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "TrajectoryId":
-        """Read `<group>-<member>-<attempt>`. Raises ValueError when it is not one."""
-        group, _, rest = text.partition("-")
-        member, _, attempt = rest.partition("-")
-        if not group or not member.isdecimal() or not attempt.isdecimal():
+        """Read what `str` wrote. Raises ValueError for anything else: a trajectory has one name."""
+        parts = _ID.fullmatch(text)
+        if parts is None:
             raise ValueError(f"not a trajectory id (<group>-<member>-<attempt>): {text!r}")
-        return cls(group, int(member), int(attempt))
+        return cls(parts[1], int(parts[2]), int(parts[3]))
 
     def __str__(self) -> str:
         return f"{self.group}-{self.member}-{self.attempt}"
@@ -143,7 +145,8 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
 def fold(state: Trajectory | None, event: AnyTrajectoryEvent, seq: int) -> Trajectory:
     """The state after one more event; concatenation only.
 
-    Raises ValueError for an event that cannot follow: none of the first may be missing, none may come after the end.
+    Raises ValueError for an event that cannot follow: the first must be `admitted`, nothing comes after an end, and
+    only an end after a score.
     """
     if isinstance(event, Admitted):
         if state is not None:
@@ -153,6 +156,8 @@ def fold(state: Trajectory | None, event: AnyTrajectoryEvent, seq: int) -> Traje
         raise ValueError(f"{event.trajectory} has {event.kind} before admitted")
     if state.end is not None:
         raise ValueError(f"{event.trajectory} has {event.kind} after {state.end.kind}")
+    if state.scored is not None and not isinstance(event, TERMINAL):
+        raise ValueError(f"{event.trajectory} has {event.kind} after scored")
     if isinstance(event, Turn):
         return replace(state, turns=[*state.turns, event], seq=seq)
     if isinstance(event, Result):

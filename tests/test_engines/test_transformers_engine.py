@@ -260,16 +260,17 @@ async def test_a_caller_that_goes_away_frees_its_slot(make_folder: MakeFolder) -
 
 async def test_a_load_that_is_given_up_harms_nobody(make_folder: MakeFolder) -> None:
     """Whether its weights were taken or not, the engine goes on, and takes the next ones."""
-    folder = make_folder("llama")
+    folder = make_folder("endless")
     weights = (folder / "model.safetensors").read_bytes()
     engine = open_engine(folder, weight_swap="turn")
     running = asyncio.create_task(engine.sample(SampleRequest(ids=[4], max_tokens=100)))
+    await engine.sample(SampleRequest(ids=[7], max_tokens=2))  # the first one runs
     given_up = asyncio.create_task(engine.load(weights, 1))
-    await engine.interrupt()
+    kept = asyncio.create_task(engine.load(weights, 2))
     given_up.cancel()
-    await engine.load(weights, 2)
+    await kept
     assert engine.policy_version == 2
-    assert (await running).finish_reason == "partial"
+    assert (await running).finish_reason == "length"
     await engine.close()
 
 

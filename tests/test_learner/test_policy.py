@@ -170,6 +170,17 @@ def test_supervised_loss_is_cross_entropy_of_the_mask(policy: Policy, make_group
 # -- what leaves -----------------------------------------------------------------------------------
 
 
+def test_bfloat16_learns_like_float32(folder: Path, config: Recipe, make_groups) -> None:
+    """Rounded products or not, a step reports the same numbers to a few per cent, on float32 weights."""
+    rounded = Policy.open(folder, replace(config, policy=replace(config.policy, dtype="bfloat16")))
+    exact = Policy.open(folder, config)
+    groups = on_policy(exact, make_groups())
+    rows = [policy.train_step(groups, step=1) for policy in (rounded, exact)]
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=0.1)
+    assert rows[0]["entropy"] == pytest.approx(rows[1]["entropy"], rel=0.01)
+    assert {parameter.dtype for parameter in rounded.model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_load_into_a_fresh_model(
     folder: Path, config: Recipe, make_model, make_groups, dtype: str

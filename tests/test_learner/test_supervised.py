@@ -8,7 +8,7 @@ import torch
 from msgspec.structs import replace
 
 from engines.chat import Chat
-from learner.conversations import conversation_of
+from learner.conversations import Segmenter
 from learner.errors import BadConversation
 from learner.policy import Policy
 from learner.supervised import cold_start
@@ -41,7 +41,7 @@ def test_the_tokens_are_those_of_sampling(policy: Policy, chat: Chat) -> None:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    conversation = conversation_of(TOOL_USE, chat, encode, "tool")
+    conversation = Segmenter(chat, encode, "tool").conversation(TOOL_USE)
     assert tokenizer.decode(conversation.ids_T) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         "<|im_start|>user\nWhat is 12 * 34?<|im_end|>\n"
@@ -65,9 +65,8 @@ def test_the_tokens_are_those_of_sampling(policy: Policy, chat: Chat) -> None:
 def test_observations_are_shown_in_the_recipes_role(policy: Policy, chat: Chat) -> None:
     """A tool's message becomes a user's where the recipe says so."""
     tokenizer = policy.tokenizer()
-    conversation = conversation_of(
-        TOOL_USE, chat, lambda text: tokenizer.encode(text, add_special_tokens=False), "user"
-    )
+    segmenter = Segmenter(chat, tokenizer.encode, "user")
+    conversation = segmenter.conversation(TOOL_USE)
     assert "<|im_start|>user\n408<|im_end|>" in tokenizer.decode(conversation.ids_T)
 
 
@@ -86,8 +85,9 @@ def test_observations_are_shown_in_the_recipes_role(policy: Policy, chat: Chat) 
 )
 def test_conversations_that_sampling_could_not_make_are_refused(chat: Chat, bad) -> None:
     """From a prompt to an assistant, one assistant message at a time, one role between two of them."""
+    segmenter = Segmenter(chat, lambda text: [5] * len(text), "tool")
     with pytest.raises(BadConversation):
-        conversation_of(bad, chat, lambda text: [5] * len(text), "tool")
+        segmenter.conversation(bad)
 
 
 def with_cold_start(config: Recipe, **changes) -> Recipe:

@@ -77,9 +77,7 @@ EXAMPLES: list[Event] = [
         duration_ms=12.5,
         tier="ns",
     ),
-    Scored(
-        replica="scorer-host-4", trajectory="g12-3-0", reward=1.0, parts={"answered": 1.0}
-    ),
+    Scored(replica="scorer-host-4", trajectory="g12-3-0", reward=1.0, parts={"answered": 1.0}),
     Evaluated(replica="scorer-host-4", trajectory="e8x0-0-0", reward=0.5),
     Expired(replica="dispatcher-host-1", trajectory="g12-2-0", reason="too stale"),
     Failed(

@@ -23,9 +23,7 @@ from schemas.task import PublicPart
 from schemas.tokens import Tokens
 from schemas.trajectory import Hop, Trajectory, TrajectoryId, fold, fold_all
 
-ADMITTED = Admitted(
-    trajectory="g0-0-0", task="t", public=PublicPart(messages=[]), private_key="g0"
-)
+ADMITTED = Admitted(trajectory="g0-0-0", task="t", public=PublicPart(messages=[]), private_key="g0")
 PYTHON = Call(tool="python", arguments={"code": "1"})
 SEARCH = Call(tool="search", arguments={"query": "1"})
 CAUSE = Cause(boundary="engine", code="gone")
@@ -211,19 +209,22 @@ def test_an_id_reads_back(group: str, member: int, attempt: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "-", "--", "g0", "g0-1", "g0-1-", "-1-0", "g0--0", "g0-x-0", "g0-1-0-2", "g0-1--2"]
-    + ["g0-+1-0", "g0- 1-0", "g0-1.0-0", "g0-²-0", "g0-1-0\n"],
+    [
+        *("", "-", "--", "g0", "g0-1", "g0-1-", "-1-0", "g0--0", "g0-x-0", "g0-1-0-2", "g0-1--2"),
+        *("g0-+1-0", "g0- 1-0", "g0-1.0-0", "g0-²-0", "g0-1-0\n", "g0-٣-0", "g0-01-0"),
+        *("*-0-0", "g.0-1-0", "g 0-1-0", "g0-1-00", "g0-" + "9" * 5000 + "-0"),
+    ],
 )
 def test_what_is_no_id_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a trajectory id"):
         TrajectoryId.parse(text)
 
 
-@given(st.text(max_size=12))
+@given(st.text(st.sampled_from("g0\u0661-\n ."), max_size=12))
 def test_any_text_is_an_id_or_refused(text: str) -> None:
-    """What is taken for an id is written back as an id that means the same."""
+    """What is taken for an id is written back as it was: no trajectory has two names."""
     try:
         name = TrajectoryId.parse(text)
     except ValueError:
         return
-    assert TrajectoryId.parse(str(name)) == name
+    assert str(name) == text

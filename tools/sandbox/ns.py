@@ -249,6 +249,7 @@ class _ForkServer:
                     socket.send_fds(self._control, [packet], fds)
                     return
                 except BrokenPipeError:
+                    self._give_up()
                     raise _DeadBefore from None
                 except BlockingIOError:
                     writable = loop.create_future()

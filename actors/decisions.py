@@ -1,0 +1,53 @@
+"""What the dispatcher sees beside the log, and what it may decide."""
+
+from typing import Any, NamedTuple
+
+from schemas.events import Admitted, Dropped, Ended, Expired, Failed
+
+
+class View(NamedTuple):
+    """What the dispatcher sees beside the log."""
+
+    now_s: float
+    policy_version: int
+    """Of the pointer; -1 before version 0."""
+    generators: int = 1
+    """Live replicas."""
+    held: frozenset[str] = frozenset()
+    """Trajectories that live replicas say they are working on."""
+    backlog: frozenset[str] = frozenset()
+    """Stages whose queue is not empty: there silence means waiting, not loss."""
+
+
+class Admit(NamedTuple):
+    """Put the private part away if there is one, then append these and wake a generator for each."""
+
+    events: list[Admitted]
+    private: dict[str, Any] | None = None
+
+
+class End(NamedTuple):
+    """Append these in order, each after its sequence; stop at the first that has moved."""
+
+    events: list[tuple[Expired | Failed | Dropped, int]]
+
+
+class Sweep(NamedTuple):
+    """Send the trajectory's next work message again."""
+
+    trajectory: str
+
+
+class Wake(NamedTuple):
+    """Send the trajectory's next work message: the barrier is open."""
+
+    trajectory: str
+
+
+class Finish(NamedTuple):
+    """Append the run's end."""
+
+    event: Ended
+
+
+Decision = Admit | End | Sweep | Wake | Finish
