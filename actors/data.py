@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,21 @@ from typing import Any
 import msgspec
 
 from actors.errors import RecipeError
+from schemas import names
 from schemas.recipe import Data, Evaluation, Recipe
 from schemas.task import TaskRow
 
 
 def load_function(name: str, key: str, recipe_dir: str) -> Callable[..., Any]:
     """The function that `module:function` names. Raises RecipeError naming the recipe's key."""
-    module_name, colon, function_name = name.partition(":")
-    if not colon:
-        raise RecipeError("recipe", key, f"{name!r} is not 'module:function'")
-    if recipe_dir and recipe_dir not in sys.path:
-        sys.path.insert(0, recipe_dir)
     try:
-        module = importlib.import_module(module_name)
+        function = names.find(name, recipe_dir)
+    except names.UnknownName as error:
+        raise RecipeError("recipe", key, str(error)) from error
     except ImportError as error:
-        raise RecipeError("recipe", key, f"cannot import {module_name!r}: {error}") from error
-    function = getattr(module, function_name, None)
+        raise RecipeError("recipe", key, f"cannot import {name!r}: {error}") from error
     if not callable(function):
-        raise RecipeError("recipe", key, f"{module_name!r} has no function {function_name!r}")
+        raise RecipeError("recipe", key, f"{name!r} is not a function")
     return function  # type: ignore[no-any-return]
 
 

@@ -13,6 +13,7 @@ from schemas.events import (
     Admitted,
     Ended,
     Evaluated,
+    Event,
     Failed,
     Filtered,
     Paused,
@@ -31,6 +32,11 @@ from schemas.recipe import Recipe
 _REFRESHES_PER_S = 4
 _STAGES = ("gen", "tool", "score", "scored")
 _RATE_S = 5.0
+_NOTES: dict[type[Event], str] = {
+    Paused: "paused: `actors resume` goes on",
+    Resumed: "training",
+    Ended: "ending",
+}
 
 
 class Progress:
@@ -83,12 +89,8 @@ class Progress:
                 self._say(
                     f"cold start {event.step}/{event.steps}  loss {event.metrics['loss']:.3f}"
                 )
-        elif isinstance(event, Paused):
-            self._note = "paused: `actors resume` goes on"
-        elif isinstance(event, Resumed):
-            self._note = "training"
-        elif isinstance(event, Ended):
-            self._note = "ending"
+        else:
+            self._note = _NOTES.get(type(event), self._note)
 
     def _move(self, event: TrajectoryEvent, time_s: float) -> None:
         name = event.trajectory

@@ -120,7 +120,8 @@ def trajectory_text(state: Trajectory) -> str:
             for result in state.results_of(index):
                 if result.call == number:
                     status = "ok" if result.ok else "error"
-                    head = f"result {index}.{number}   {status}   {result.duration_ms:.1f} ms   {result.tier}   {result.replica}"
+                    cost = f"{result.duration_ms:.1f} ms   {result.tier}   {result.replica}"
+                    head = f"result {index}.{number}   {status}   {cost}"
                     lines += _block(head, result.text)
         if turn.feedback:
             lines += _block("feedback", turn.feedback)

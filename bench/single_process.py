@@ -91,15 +91,18 @@ class Sampler:
     def prompt(self, messages: list[ChatMessage]) -> list[int]:
         chat = [msgspec.to_builtins(message) for message in messages]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = self.tokenizer.encode(str(text), add_special_tokens=False)
+        return ids
 
     def turn(self, rollouts: list[Rollout], temperature: float) -> None:
         """Sample one turn of each, and run what it calls."""
-        for rollout, (ids, logprobs) in zip(rollouts, self.decode(rollouts, temperature), strict=True):
+        for rollout, (ids, logprobs) in zip(
+            rollouts, self.decode(rollouts, temperature), strict=True
+        ):
             rollout.ids += ids
             rollout.logprobs += logprobs
             rollout.mask += [1] * len(ids)
-            rollout.text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            rollout.text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
             call = CALL.search(rollout.text)
             if call is None:
                 rollout.ended = True
@@ -108,7 +111,9 @@ class Sampler:
             rollout.give(self.tokenizer.encode(given, add_special_tokens=False))
 
     @torch.inference_mode()
-    def decode(self, rollouts: list[Rollout], temperature: float) -> list[tuple[list[int], list[float]]]:
+    def decode(
+        self, rollouts: list[Rollout], temperature: float
+    ) -> list[tuple[list[int], list[float]]]:
         """The sampled tokens of one turn, up to a stop token, and their log-probabilities."""
         ids_BT, mask_BT = pad([r.ids for r in rollouts], self.tokenizer.pad_token_id, left=True)
         position_B1 = mask_BT.sum(1, keepdim=True)
@@ -141,10 +146,8 @@ class Sampler:
 def choose(logits_BV: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, 1] a token each and its log-probability; temperature 0 takes the likeliest."""
     logprobs_BV = log_softmax(logits_BV / (temperature or 1.0), dim=-1)
-    if temperature:
-        ids_B1 = torch.multinomial(logprobs_BV.exp(), 1)
-    else:
-        ids_B1 = logprobs_BV.argmax(-1, keepdim=True)
+    greedy_B1 = logprobs_BV.argmax(-1, keepdim=True)
+    ids_B1 = torch.multinomial(logprobs_BV.exp(), 1) if temperature else greedy_B1
     return ids_B1, logprobs_BV.gather(1, ids_B1)
 
 
@@ -330,7 +333,9 @@ class Loop:
             masked = grpo_step(self.policy, optimizer, signal, self.recipe)
             self.remember()
             rewards.append(mean_reward([r for group in complete for r in group]))
-            print(f"{step + 1:5d} {rewards[-1]:7.3f} {len(signal):7d} {len(complete):9d} {masked:7.3f}")
+            print(
+                f"{step + 1:5d} {rewards[-1]:7.3f} {len(signal):7d} {len(complete):9d} {masked:7.3f}"
+            )
         return rewards
 
 
@@ -368,11 +373,15 @@ def run(recipe: Recipe, seed: int, rl_threads: int = 1, staleness: int = 0) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--recipe", type=Path, default=Path("recipes/arithmetic.toml"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rl-threads", type=int, default=1)
-    parser.add_argument("--staleness", type=int, default=0, help="age of the sampler's weights, in updates")
+    parser.add_argument(
+        "--staleness", type=int, default=0, help="age of the sampler's weights, in updates"
+    )
     options = parser.parse_args()
     recipe = msgspec.toml.decode(options.recipe.read_bytes(), type=Recipe)
     print(json.dumps(run(recipe, options.seed, options.rl_threads, options.staleness)))

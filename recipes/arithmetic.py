@@ -116,7 +116,7 @@ MODEL_SEED = 0
 def model(folder: Path) -> None:
     """Write the untrained policy as a Hugging Face folder: a small Llama and a tokenizer for these conversations."""
     import torch  # seconds to import, and the rows need neither
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     tokenizer = _tokenizer()
     config = LlamaConfig(
@@ -136,7 +136,7 @@ def model(folder: Path) -> None:
     )
     with torch.random.fork_rng():
         torch.manual_seed(MODEL_SEED)
-        policy = LlamaForCausalLM(config)
+        policy = AutoModelForCausalLM.from_config(config)
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -162,7 +162,7 @@ def _tokenizer() -> "PreTrainedTokenizerFast":
     )
     bpe.train_from_iterator([_question(a, a).content for a in OPERANDS], trainer)
     bpe.add_tokens([AddedToken(tag, normalized=False) for tag in ("<python>", "</python>")])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe,
         eos_token=END,
         pad_token=PAD,

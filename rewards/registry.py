@@ -1,14 +1,11 @@
 """Names to rewards: built in, from an installed package, or `module:function` beside the recipe."""
 
-import difflib
-import importlib
 import math
-import sys
-from importlib.metadata import entry_points
-from typing import Any, cast
+from typing import cast
 
 from rewards.errors import BadReward, UnknownReward
 from rewards.reward import Reward, RewardFunction, Run
+from schemas import names
 from schemas.task import TaskRow
 from schemas.trajectory import Trajectory
 
@@ -42,22 +39,10 @@ class CheckedReward:
 
 def load_reward(name: str, recipe_dir: str = "") -> CheckedReward:
     """The reward of the name. Raises UnknownReward for a name that leads nowhere."""
-    installed = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
-    known = installed | BUILT_IN
-    place = name if ":" in name else known.get(name)
-    if place is None:
-        close = difflib.get_close_matches(name, known)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
-        raise UnknownReward("unknown_reward", f"no reward {name!r}; {hint}, or `module:function`")
-    module, _, attribute = place.partition(":")
     try:
-        found = getattr(_import(module, recipe_dir), attribute)
-    except ModuleNotFoundError as error:
-        if error.name and f"{module}.".startswith(f"{error.name}."):
-            raise UnknownReward("unknown_reward", f"{name!r}: no module {error.name!r}") from error
-        raise
-    except AttributeError as error:
-        raise UnknownReward("unknown_reward", f"{name!r}: {error}") from error
+        found = names.find(name, recipe_dir, built_in=BUILT_IN, group=ENTRY_POINTS)
+    except names.UnknownName as error:
+        raise UnknownReward("unknown_reward", str(error)) from error
     return CheckedReward(name, cast(RewardFunction, found))
 
 
@@ -66,13 +51,3 @@ def _is_finite(number: object) -> bool:
         return math.isfinite(cast(float, number))
     except (TypeError, ValueError):
         return False
-
-
-def _import(module: str, recipe_dir: str) -> Any:
-    if not recipe_dir:
-        return importlib.import_module(module)
-    sys.path.insert(0, recipe_dir)
-    try:
-        return importlib.import_module(module)
-    finally:
-        sys.path.remove(recipe_dir)

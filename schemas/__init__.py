@@ -3,6 +3,7 @@
 tokens      packed facts of each token
 task        a data row: public and private part
 recipe      what to train
+names       what a name in a recipe stands for
 events      what the log holds
 trajectory  the state, and `fold`
 messages    wake-ups, pointers, signs of life

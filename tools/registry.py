@@ -7,17 +7,14 @@ Your own tool is one typed async function; its docstring is what the policy read
         return text.upper()
 """
 
-import difflib
-import importlib
 import inspect
-import sys
 import typing
 from collections.abc import Awaitable, Sequence
-from importlib.metadata import entry_points
 from typing import Any, Protocol, cast
 
 import msgspec
 
+from schemas import names
 from tools.errors import ToolError, UnknownTool
 from tools.tool import Context, Observation, Tool
 
@@ -35,14 +32,18 @@ class ToolFunction(Protocol):
     ) -> Awaitable[str | Observation]: ...
 
 
-def load_tools(names: Sequence[str], recipe_dir: str = "") -> dict[str, Tool]:
+def load_tools(use: Sequence[str], recipe_dir: str = "") -> dict[str, Tool]:
     """The tools of the names, by the name that each gives itself.
 
     Raises UnknownTool for a name that leads nowhere, ToolError for what is not a tool and for two of one name.
     """
     tools: dict[str, Tool] = {}
-    for name in names:
-        tool = _as_tool(name, _find(name, recipe_dir))
+    for name in use:
+        try:
+            found = names.find(name, recipe_dir, built_in=BUILT_IN, group=ENTRY_POINTS)
+        except names.UnknownName as error:
+            raise UnknownTool("unknown_tool", str(error)) from error
+        tool = _as_tool(name, found)
         if tool.name in tools:
             raise ToolError("duplicate", f"two tools are called {tool.name!r}")
         tools[tool.name] = tool
@@ -104,32 +105,3 @@ def _as_tool(name: str, found: object) -> Tool:
     if callable(found) and all(hasattr(found, a) for a in Tool.__annotations__):
         return cast(Tool, found)
     raise ToolError("bad_tool", f"{name!r} is neither an async function nor a Tool: {found!r}")
-
-
-def _find(name: str, recipe_dir: str) -> object:
-    installed = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
-    known = installed | BUILT_IN
-    place = name if ":" in name else known.get(name)
-    if place is None:
-        close = difflib.get_close_matches(name, known)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
-        raise UnknownTool("unknown_tool", f"no tool {name!r}; {hint}, or `module:function`")
-    module, _, attribute = place.partition(":")
-    try:
-        return getattr(_import(module, recipe_dir), attribute)
-    except ModuleNotFoundError as error:
-        if error.name and f"{module}.".startswith(f"{error.name}."):
-            raise UnknownTool("unknown_tool", f"{name!r}: no module {error.name!r}") from error
-        raise
-    except AttributeError as error:
-        raise UnknownTool("unknown_tool", f"{name!r}: {error}") from error
-
-
-def _import(module: str, recipe_dir: str) -> Any:
-    if not recipe_dir:
-        return importlib.import_module(module)
-    sys.path.insert(0, recipe_dir)
-    try:
-        return importlib.import_module(module)
-    finally:
-        sys.path.remove(recipe_dir)

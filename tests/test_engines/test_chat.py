@@ -51,11 +51,6 @@ def chats(make_folder: Callable[..., Path], tmp_path_factory: Any) -> dict[str, 
     return made
 
 
-def whole(chat: Chat, messages: list[ChatMessage]) -> list[int]:
-    """All tokens of the rendered conversation."""
-    return chat.prompt_ids(messages)
-
-
 TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
 
 
@@ -71,12 +66,12 @@ def test_the_pieces_are_the_whole(
     question = [ChatMessage(role="user", content="What is 12 + 7?")]
     reply = ChatMessage(role="assistant", content="<python>12 + 7</python>")
     prompt = chat.prompt_ids(question)
-    with_reply = whole(chat, [*question, reply])
+    with_reply = chat.prompt_ids([*question, reply])
     end = next(n for n in range(len(prompt), len(with_reply)) if with_reply[n] in chat.end_ids)
     sampled = with_reply[len(prompt) : end + ended]
     pieces = [*prompt, *sampled, *chat.observation_ids(texts, "tool", ended)]
     tools = [ChatMessage(role="tool", content=text) for text in texts]
-    assert pieces == whole(chat, [*question, reply, *tools])
+    assert pieces == chat.prompt_ids([*question, reply, *tools])
 
 
 def test_a_template_that_strips_is_followed(chats: dict[str, Chat]) -> None:
@@ -85,10 +80,10 @@ def test_a_template_that_strips_is_followed(chats: dict[str, Chat]) -> None:
     question = [ChatMessage(role="user", content="What?")]
     reply = [ChatMessage(role="assistant", content="I run it.")]
     for text in ("  19 \n", "19", ""):
-        ids = whole(chat, [*question, *reply, ChatMessage(role="user", content=text)])
+        ids = chat.prompt_ids([*question, *reply, ChatMessage(role="user", content=text)])
         prompt = chat.prompt_ids(question)
         end = ids.index(min(chat.end_ids))
-        assert ids[len(prompt) : end + 1] == whole(chat, [*question, *reply])[len(prompt) :]
+        assert ids[len(prompt) : end + 1] == chat.prompt_ids([*question, *reply])[len(prompt) :]
         assert chat.observation_ids([text], "user", ended=True) == ids[end + 1 :]
         assert chat.observation_ids([text], "user", ended=False) == ids[end:]
 

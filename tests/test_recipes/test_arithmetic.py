@@ -40,7 +40,9 @@ def test_rows_ask_for_a_product_and_hide_it() -> None:
         assert [message.role for message in row.public.messages] == ["user"]
         a, b = operands(row.public.messages[0].content)
         assert row.private == {"answer": str(a * b)}
-    assert len({row.id for row in rows}) == len({r.public.messages[0].content for r in rows}) == 2000
+    assert (
+        len({row.id for row in rows}) == len({r.public.messages[0].content for r in rows}) == 2000
+    )
 
 
 def test_rows_never_end_and_repeat_only_after_all_have_come() -> None:
@@ -56,9 +58,7 @@ def test_rows_never_end_and_repeat_only_after_all_have_come() -> None:
 
 def test_held_out_problems_are_in_no_other_place() -> None:
     """Neither rows nor demonstrations ask for a held-out product, in either order of its operands."""
-    held_out = {
-        frozenset(operands(r.public.messages[0].content)) for r in arithmetic.held_out(0)
-    }
+    held_out = {frozenset(operands(r.public.messages[0].content)) for r in arithmetic.held_out(0)}
     trained = {r.public.messages[0].content for r in islice(arithmetic.rows(0), 10_000)}
     shown = {c[0].content for c in islice(arithmetic.demonstrations(0), 10_000)}
     assert len(held_out) > 128
@@ -129,9 +129,7 @@ def test_a_conversation_survives_the_tokenizer_in_few_tokens(folder: Path) -> No
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert len(ids) <= 30
-        prompt = tokenizer.apply_chat_template(
-            chat[:1], tokenize=False, add_generation_prompt=True
-        )
+        prompt = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
         assert ids[: len(tokenizer.encode(prompt))] == tokenizer.encode(prompt)
         assert len(tokenizer.encode(prompt)) == 10
 
