@@ -1,6 +1,7 @@
 """Recipes from TOML: read, override, check."""
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import msgspec
 from actors.errors import RecipeError
 from schemas.recipe import Recipe
 
-_UNKNOWN = re.compile(r"Object contains unknown field `([^`]+)`(?: - at `\$\.?([^`]*)`)?")
+_UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`(?: - at `\$\.?([^`]*)`)?")
 _AT = re.compile(r"(.*?) - at `\$\.?([^`]*)`$")
 
 
@@ -74,6 +75,10 @@ def _hint(section: str, name: str) -> str:
 
 def _check(recipe: Recipe, where: str) -> None:
     """What types alone cannot say."""
+    for name, table in msgspec.to_builtins(recipe).items():
+        for key, value in table.items() if isinstance(table, dict) else ():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RecipeError(where, f"{name}.{key}", f"must be finite, not {value}")
     for section, table in (("data", recipe.data), ("evaluation", recipe.evaluation)):
         if table.path and table.rows:
             raise RecipeError(where, f"{section}.path", f"give it or {section}.rows, not both")
@@ -102,5 +107,5 @@ def _toml(value: Any) -> str:
     if isinstance(value, dict):
         pairs = (f"{_toml(key)} = {_toml(item)}" for key, item in value.items())
         return "{" + ", ".join(pairs) + "}"
-    # a JSON string, number, boolean or list of these is TOML as it stands
-    return msgspec.json.encode(value).decode()
+    # a JSON string, number, boolean or list of these is TOML as it stands, but for one character
+    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from actors.errors import RecipeError
 from actors.process import Hops, Process
 from bus import policy, private
 from bus.errors import BusError
@@ -62,6 +63,7 @@ async def serve_generator(process: Process) -> None:
     from actors.generator import Generator, Policies
     from engines.chat import Chat
     from engines.engine import Engine
+    from engines.errors import ChatError
     from engines.open import open_engine
     from tools.formats import open_format
     from tools.registry import load_tools
@@ -93,7 +95,12 @@ async def serve_generator(process: Process) -> None:
         process.vitals.policy_version = pointer.policy_version
         tools = load_tools(recipe.tools.use, process.recipe_dir)
         formats = open_format(recipe.tools.format, tools, recipe.tools.tags)
-        actor = Generator(recipe, policies, Chat(folder), formats, process.replica)
+        try:
+            chat = Chat(folder)
+            chat.observation_ids([""], recipe.policy.observation_role, ended=False)
+        except ChatError as error:
+            raise RecipeError("recipe", "policy.model", str(error)) from error
+        actor = Generator(recipe, policies, chat, formats, process.replica)
         follower = asyncio.create_task(_follow_policy(process, policies.update))
         try:
             await Hops(process, actor).serve([""], recipe.generator.slots)

@@ -116,7 +116,7 @@ MODEL_SEED = 0
 def model(folder: Path) -> None:
     """Write the untrained policy as a Hugging Face folder: a small Llama and a tokenizer for these conversations."""
     import torch  # seconds to import, and the rows need neither
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _tokenizer()
     config = LlamaConfig(
@@ -127,6 +127,8 @@ def model(folder: Path) -> None:
         num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        # Copying digits is looking a few places back. With positions this sharp and initial weights this large it is
+        # learned in 100 steps; with the defaults (10000 and 0.02) in more than 400.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=192**-0.5,
         tie_word_embeddings=True,
@@ -136,7 +138,7 @@ def model(folder: Path) -> None:
     )
     with torch.random.fork_rng():
         torch.manual_seed(MODEL_SEED)
-        policy = AutoModelForCausalLM.from_config(config)
+        policy = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -1,6 +1,7 @@
 """Recipes from TOML: what a mistake is answered with, overrides, and back to TOML."""
 
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -60,6 +61,8 @@ def test_the_recipes_of_this_project_are_readable() -> None:
         ('[learner]\nsteps = "many"\n', "learner.steps: Expected `int`, got `str`"),
         ("[learner]\nsteps = -1\n", "learner.steps: Expected `int` >= 0"),
         ("[learner]\ngroup_size = 1\n", "learner.group_size: Expected `int` >= 2"),
+        ("[deadlines]\ngen_s = inf\n", "deadlines.gen_s: must be finite, not inf"),
+        ("[sampling]\ntemperature = nan\n", "sampling.temperature: "),
         ("[learner]\nlearning_rate = 0\n", "learner.learning_rate: Expected `float` > 0"),
         ('[tools]\nuse = ["python", 3]\n', "tools.use[1]: Expected `str`, got `int`"),
         ('[tools]\ntier = "vm"\n', "tools.tier: Invalid enum value 'vm'"),
@@ -109,14 +112,11 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_any_text_is_a_recipe_or_refused(
     tmp_path_factory: pytest.TempPathFactory, text: str
 ) -> None:
-    """In one line, whatever it is."""
+    """Whatever it is."""
     path = tmp_path_factory.getbasetemp() / "any.toml"
     path.write_bytes(text.encode())
-    try:
-        load_recipe(path)
-    except RecipeError as error:
-        message = str(error)
-        assert message
+    with suppress(RecipeError):
+        assert isinstance(load_recipe(path), Recipe)
 
 
 # -- overrides -------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_a_bad_override_is_named(path: Path, override: str, says: str) -> None:
 
 
 @given(st.from_type(Recipe))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_a_recipe_reads_back_from_its_toml(recipe: Recipe) -> None:
     """Every key, whatever characters its text has."""
     assert msgspec.convert(tomllib.loads(to_toml(recipe)), Recipe) == recipe
