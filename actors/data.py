@@ -48,7 +48,11 @@ def _jsonl(path: Path) -> Iterator[Any]:
 def _parquet(path: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise RecipeError(f"{path}", "", f"not Parquet: {error}") from error
+    for batch in file.iter_batches():
         for value in batch.to_pylist():
             yield _without_nulls(value)
 
@@ -71,17 +75,26 @@ def _hub(name: str) -> Iterator[Any]:
         yield _without_nulls(dict(value))
 
 
+_READERS: dict[str, Callable[[Path], Iterable[Any]]] = {".jsonl": _jsonl, ".parquet": _parquet}
+
+
+def find_file(path: str, key: str, recipe_dir: str) -> Path:
+    """A data file, relative to the recipe. Raises RecipeError naming the recipe's key."""
+    file = Path(recipe_dir, path)
+    if file.suffix not in _READERS:
+        raise RecipeError("recipe", key, f"{path!r} is neither *.jsonl, *.parquet nor hf:…")
+    if not file.is_file():
+        raise RecipeError("recipe", key, f"{file} is not there")
+    return file
+
+
 def read_rows(path: str, key: str, recipe_dir: str) -> list[TaskRow]:
     """All rows of a file or a hub data set. Raises RecipeError naming the file and the row."""
     if path.startswith("hf:"):
         return [_row(value, f"{path} row {i}") for i, value in enumerate(_hub(path), 1)]
-    file = Path(recipe_dir, path)
-    readers: dict[str, Callable[[Path], Iterable[Any]]] = {".jsonl": _jsonl, ".parquet": _parquet}
-    if file.suffix not in readers:
-        raise RecipeError("recipe", key, f"{path!r} is neither *.jsonl, *.parquet nor hf:…")
-    if not file.is_file():
-        raise RecipeError("recipe", key, f"{file} is not there")
-    rows = [_row(value, f"{file} row {i}") for i, value in enumerate(readers[file.suffix](file), 1)]
+    file = find_file(path, key, recipe_dir)
+    values = _READERS[file.suffix](file)
+    rows = [_row(value, f"{file} row {i}") for i, value in enumerate(values, 1)]
     if not rows:
         raise RecipeError("recipe", key, f"{file} has no rows")
     return rows
@@ -90,9 +103,19 @@ def read_rows(path: str, key: str, recipe_dir: str) -> list[TaskRow]:
 def training_rows(data: Data, seed: int, recipe_dir: str) -> Iterator[TaskRow]:
     """Every task in the order of the run; the same for the same seed, so that a resume can skip ahead."""
     if data.rows:
-        values = load_function(data.rows, "data.rows", recipe_dir)(seed)
-        return (_row(value, f"{data.rows} row {i}") for i, value in enumerate(values, 1))
+        make = load_function(data.rows, "data.rows", recipe_dir)
+        return _made(make, data.rows, seed)
     return _epochs(read_rows(data.path, "data.path", recipe_dir), data.shuffle, seed)
+
+
+def _made(make: Callable[..., Any], name: str, seed: int) -> Iterator[TaskRow]:
+    """What the function gives; from its beginning again if that ends."""
+    while True:
+        row = None
+        for number, value in enumerate(make(seed), 1):
+            yield (row := _row(value, f"{name} row {number}"))
+        if row is None:
+            raise RecipeError("recipe", "data.rows", f"{name!r} gives no rows")
 
 
 def _epochs(rows: list[TaskRow], shuffle: bool, seed: int) -> Iterator[TaskRow]:

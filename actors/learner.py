@@ -53,6 +53,8 @@ class Planner:
         self.batches: dict[int, Batch] = {}
         """Steps begun and not in the checkpoint: to be trained, or trained again."""
         self.trajectories: dict[str, Trajectory] = {}
+        self._oldest: dict[str, int] = {}
+        """Live trajectory → the oldest version that sampled a token of it."""
         self._scored: dict[str, dict[int, str]] = {}
         """Group → member → its scored trajectory."""
         self._ready: list[str] = []
@@ -107,13 +109,16 @@ class Planner:
         self.trajectories[event.trajectory] = state
         if isinstance(event, Turn):
             self.sampled_tokens += event.tokens.sampled_count
+            self._oldest.setdefault(event.trajectory, oldest_version([state]))
         elif isinstance(event, Scored):
+            self._oldest.pop(event.trajectory, None)
             self._complete(state)
         elif state.end is not None:
             if isinstance(event, Failed):
                 self.failed_by_cause[str(event.cause)] += 1
             else:
                 self._lose(TrajectoryId.parse(event.trajectory).group)
+            self._oldest.pop(event.trajectory, None)
             del self.trajectories[event.trajectory]
 
     def _complete(self, state: Trajectory) -> None:
@@ -211,11 +216,7 @@ class Planner:
     def stragglers(self, policy_version: int) -> list[str]:
         """Live trajectories that the next step would make too stale."""
         oldest_allowed = policy_version + 1 - self._recipe.asynchrony.max_staleness
-        return [
-            name
-            for name, state in self.trajectories.items()
-            if state.scored is None and state.turns and oldest_version([state]) < oldest_allowed
-        ]
+        return [name for name, oldest in self._oldest.items() if oldest < oldest_allowed]
 
 
 def oldest_version(trajectories: Iterable[Trajectory]) -> int:

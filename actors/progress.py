@@ -156,7 +156,7 @@ class Progress:
 
     def _say(self, line: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(line, highlight=False)
+            self._console.print(line, highlight=False, soft_wrap=True)
 
 
 def step_line(event: Stepped, steps: int) -> str:

@@ -64,7 +64,9 @@ class Supervisor:
             if status == 0 or self._stopping.is_set():
                 return
             deaths = 1 if time.monotonic() - begun > _HEALTHY_S else deaths + 1
-            if status == 2 or deaths >= _CRASHES:
+            if status == 2:
+                raise CrashLoop(f"{last_error(path)} (log: {path})")
+            if deaths >= _CRASHES:
                 raise CrashLoop(f"{role} died {deaths} times: {last_error(path)} (log: {path})")
             log.warning("replica died; restarting", role=role, status=status, log=str(path))
             await wait(self._stopping, _BACKOFF_S[min(deaths, len(_BACKOFF_S)) - 1])

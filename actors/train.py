@@ -12,6 +12,7 @@ from rich.console import Console
 
 from actors.errors import UserError
 from actors.fleet import Fleet
+from actors.preflight import check_names
 from actors.process import opened
 from actors.progress import Progress
 from actors.recipe import to_toml
@@ -36,6 +37,7 @@ async def train(recipe: Recipe, recipe_dir: str, run: str, nats_url: str, consol
     folder = RunFolder(run)
     if folder.live():
         raise UserError(f"run {run!r} is alive already: watch it with `actors tail --run {run}`")
+    check_names(recipe, recipe_dir)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -113,7 +115,9 @@ class Run:
 
     async def supervise(self, bus: Bus, run_log: Log, after: int, stop: asyncio.Event) -> int:
         """Keep the replicas alive until the run ends or must stop; returns the exit status."""
-        self._console.print(f"run {self._run} in {self._folder.path}/", highlight=False)
+        self._console.print(
+            f"run {self._run} in {self._folder.path}/", highlight=False, soft_wrap=True
+        )
         await self._fleet.hear(bus, self._run)
         replicas = self._recipe.replicas
         counts: dict[RoleName, int] = {
@@ -175,7 +179,7 @@ class Run:
                     return
 
     def _say_summary(self, ended: bool) -> None:
-        say = partial(self._console.print, highlight=False)
+        say = partial(self._console.print, highlight=False, soft_wrap=True)
         rows = self._report.rows
         if rows:
             last = rows[-5:]

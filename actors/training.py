@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+import torch
 
 from actors.data import load_function
 from actors.errors import RecipeError
@@ -57,6 +58,7 @@ class Training:
         """Make version 0 or recover, then train until the run ends or we are told to stop."""
         process = self._process
         process.vitals.phase = "loading the model"
+        torch.set_num_threads(self._recipe.learner.threads)
         source = await asyncio.to_thread(self._model_folder)
         self._policy = await asyncio.to_thread(Policy.open, source, self._recipe)
         self._assets = await policy.publish_assets(process.bus, self._policy.assets())
@@ -68,7 +70,8 @@ class Training:
             step = await asyncio.to_thread(self._policy.load_checkpoint, checkpoint)
         elif not await self._cold_start():
             return
-        await self._publish(step, self._policy.weights())
+        weights = self._policy.weights()
+        await self._publish(step, weights, hashlib.sha256(weights).hexdigest())
         process.vitals.phase = "waiting for groups"
         self._planner = Planner(self._recipe, step, process.replica)
         await self._train()
@@ -181,7 +184,7 @@ class Training:
             )
         elif recorded.weights_sha256 != sha256:
             log.warning("step trained again gave other weights", step=number)
-        await self._publish(number, weights)
+        await self._publish(number, weights, sha256)
         if number % self._recipe.learner.checkpoint_every_steps == 0 or self._is_last(number):
             await self._checkpoint(number)
         self._process.vitals.phase = "waiting for groups"
@@ -205,13 +208,13 @@ class Training:
             "step_s": step_s,
         }
 
-    async def _publish(self, version: int, weights: bytes) -> None:
+    async def _publish(self, version: int, weights: bytes, sha256: str) -> None:
         self._version = self._process.vitals.policy_version = version
         if version <= self._published:
             return
         pointer = WeightsPointer(
             policy_version=version,
-            weights_sha256=hashlib.sha256(weights).hexdigest(),
+            weights_sha256=sha256,
             assets_sha256=self._assets,
         )
         await policy.publish_policy(self._process.bus, self._process.run, pointer, weights)

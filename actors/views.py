@@ -140,7 +140,12 @@ def trajectory_text(state: Trajectory) -> str:
 
 
 def _block(head: str, text: str) -> list[str]:
-    return [f"── {head}", *(f"   {line}" for line in text.splitlines() or [""])]
+    return [f"── {head}", *(f"   {_visible(line)}" for line in text.splitlines() or [""])]
+
+
+def _visible(text: str) -> str:
+    """Control characters spelled out: what a policy writes must not steer the reader's terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def alive_table(run: str, url: str, beats: Sequence[Heartbeat]) -> str:

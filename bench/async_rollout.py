@@ -7,6 +7,7 @@ batch when the last group of this one is filtered. Policy and tool only wait, so
     synchronous    Σ over a batch's stages of its slowest trajectory's time there
     asynchronous   Σ over trajectories of their time / number in flight
 
+Few are in flight, so that processors are no limit on a small machine: what is compared is waiting.
 A slot of the asynchronous mode is freed by a group, not by a trajectory: its bound with whole groups (the time of
 the slower member counts twice) is printed beside.
 
@@ -189,8 +190,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="two batches of each")
-    parser.add_argument("--in-flight", type=int, default=64)
-    parser.add_argument("--window-s", type=float, default=15.0)
+    parser.add_argument("--in-flight", type=int, default=16)
+    parser.add_argument("--window-s", type=float, default=20.0)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     options = parser.parse_args()
     window_s = 0.0 if options.quick else options.window_s

@@ -118,7 +118,10 @@ class Sampler:
         ids_BT, mask_BT = pad([r.ids for r in rollouts], self.tokenizer.pad_token_id, left=True)
         position_B1 = mask_BT.sum(1, keepdim=True)
         output = self.policy(
-            ids_BT, attention_mask=mask_BT, position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0)
+            ids_BT,
+            attention_mask=mask_BT,
+            position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0),
+            logits_to_keep=1,
         )
         running_B = torch.ones(len(rollouts), dtype=torch.bool)
         stops = torch.tensor(self.stops)

@@ -29,7 +29,7 @@ _TASK = re.compile(r"<\|user\|>(.*?)<\|end\|>")
 class Script:
     """What the policy says; see engines/scripted.py."""
 
-    seconds_per_token = 0.010
+    seconds_per_token = 0.050
 
     def __call__(self, text: str, seed: int) -> str:
         """`CALLS` calls, one a turn, and then an answer."""

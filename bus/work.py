@@ -139,6 +139,7 @@ class WorkQueue:
         status = headers.get("Status")
         if status is None:
             self._asked = max(0, self._asked - 1)
+            self._wake.set()
             if self._draining:
                 with suppress(NatsError):
                     await message.nak()

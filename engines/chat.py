@@ -43,6 +43,9 @@ class Chat:
             )
         self._special = tuple(self._tokenizer.get_added_vocab())
         self._frame = lru_cache(maxsize=64)(self._render_frame)
+        self._prompt = lru_cache(maxsize=256)(  # all members of a group ask for the same one
+            lambda messages: self._encode(self._render(_plain(messages), None))
+        )
 
     def prompt_ids(
         self, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None = None
@@ -51,8 +54,9 @@ class Chat:
 
         `tools`: JSON schemas, for templates that write them. Raises ChatError.
         """
-        plain = [{"role": message.role, "content": message.content} for message in messages]
-        return self._encode(self._render(plain, tools))
+        if tools is None:
+            return list(self._prompt(tuple(messages)))
+        return self._encode(self._render(_plain(messages), tools))
 
     def observation_ids(self, texts: Sequence[str], role: str, ended: bool) -> list[int]:
         """What stands between a sampled turn and the next one: one message for each text.
@@ -123,3 +127,7 @@ class Chat:
         if not strips_left:
             pieces[:-1] = [piece.removesuffix(_PAD) for piece in pieces[:-1]]
         return _Frame(tuple(pieces), strips_left, strips_right)
+
+
+def _plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]

@@ -59,9 +59,7 @@ class Policy:
         self.folder = folder
         """Where the model came from; its configuration and tokenizer are read there."""
         self.config = config
-        self.model = (
-            model.eval()
-        )  # no dropout: the engine, whose log-probabilities we compare, has none
+        self.model = model.eval()  # no dropout: the engine, with which we compare, has none
         self.dtype = _DTYPES[config.policy.dtype]
         """Of the weights that leave."""
         self._product_dtype = _fastest_dtype(self.dtype, model.device)
@@ -99,10 +97,7 @@ class Policy:
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": decay},
-                {
-                    "params": vectors,
-                    "weight_decay": 0.0,
-                },  # norms and biases have a scale of their own
+                {"params": vectors, "weight_decay": 0.0},  # norms and biases keep their scale
             ],
             lr=0.0,
             fused=True,

@@ -2,10 +2,13 @@
 
 import difflib
 import importlib
+import re
 import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
+
+_PLACE = re.compile(r"[^\W\d][\w.]*:\w+")
 
 
 class UnknownName(LookupError):
@@ -23,11 +26,11 @@ def find(
     known = {entry.name: entry.value for entry in entry_points(group=group)} if group else {}
     known |= built_in or {}
     place = name if ":" in name else known.get(name, "")
-    if not place:
+    if not _PLACE.fullmatch(place):
         close = difflib.get_close_matches(name, known)
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
-        own = "it is not `module:function`"
-        raise UnknownName(f"{name!r}: {f'{hint}, or `module:function`' if known else own}")
+        named = known and ":" not in name
+        raise UnknownName(f"{name!r}: {hint if named else 'it is not `module:function`'}")
     module, _, attribute = place.partition(":")
     if recipe_dir and recipe_dir not in sys.path:
         sys.path.append(recipe_dir)

@@ -196,11 +196,13 @@ def test_a_function_without_rows_is_named(tmp_path: Path, module: str) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("rows", "'rows' is not 'module:function'"),
-        ("no_such_module:rows", "cannot import 'no_such_module'"),
-        ("{module}:row", "has no function 'row'"),
-        ("{module}:number", "has no function 'number'"),
-        (":rows", "is not 'module:function'"),
+        ("rows", "'rows': it is not `module:function`"),
+        (":rows", "it is not `module:function`"),
+        ("{module}:", "it is not `module:function`"),
+        (".{module}:rows", "it is not `module:function`"),
+        ("no_such_module:rows", "no module 'no_such_module'"),
+        ("{module}:row", "has no attribute 'row'"),
+        ("{module}:number", "is not a function"),
     ],
 )
 def test_a_function_that_is_not_there_is_named(

@@ -78,7 +78,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(folder: Path) -> recipe.Recipe:
     return recipe.Recipe(
         policy=recipe.Policy(model=str(folder), max_tokens=256),
-        learner=recipe.Learner(learning_rate=1e-3, microbatch_tokens=256),
+        # Made-up engine log-probabilities must not all be masked, or no step would move anything.
+        learner=recipe.Learner(
+            learning_rate=1e-3, microbatch_tokens=256, ratio_min=0.0, ratio_max=1e9
+        ),
     )
 
 
@@ -94,9 +97,9 @@ def build_sample(
     logprobs: Sequence[float] | None = None,
     name: str = "g0-0-0",
 ) -> Sample:
-    """A sample from plain lists; without `logprobs` the engine gave -1 to every sampled token."""
+    """A sample from plain lists; without `logprobs` the engine gave -6 to every sampled token."""
     mask_T = np.array(mask, np.bool_)
-    behaviour_T = np.where(mask_T, -1.0, 0.0) if logprobs is None else np.array(logprobs)
+    behaviour_T = np.where(mask_T, -6.0, 0.0) if logprobs is None else np.array(logprobs)
     return Sample(
         trajectory=name,
         group=name.partition("-")[0],

@@ -30,7 +30,9 @@ def test_the_next_step_is_the_same_to_the_bit(
     for step in (1, 2):
         policy.train_step(make_groups(seed=step), step)
     policy.save_checkpoint(tmp_path / "step-000002", 2)
+    at_checkpoint = sha(policy)
     expected = [policy.train_step(make_groups(seed=step), step) for step in (3, 4)]
+    assert sha(policy) != at_checkpoint
     drawn = torch.rand(3)
 
     resumed = Policy.open(folder, config)
@@ -124,6 +126,24 @@ def test_a_writer_that_dies_leaves_no_checkpoint(tmp_path: Path) -> None:
     assert [file.read_bytes() for file in path.iterdir()] == [b"new"]
     prune_checkpoints(tmp_path, keep=1)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_half_a_deletion_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies while it prunes leaves no damaged checkpoint under a checkpoint's name."""
+    for step in (1, 2):
+        write_folder(checkpoint_path(tmp_path, step), [("a", b""), ("b", b"")])
+
+    def dying(path: Path) -> None:
+        (path / "a").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("learner.checkpoints.shutil.rmtree", dying)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoints(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000002"]
+    prune_checkpoints(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
 
 
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""Looks up every name of a recipe before anything is started: a misspelt one costs a second and not a run."""
+
+from pathlib import Path
+
+from actors.data import find_file, load_function
+from actors.errors import RecipeError
+from schemas.recipe import Recipe
+
+
+def check_names(recipe: Recipe, recipe_dir: str) -> None:
+    """Raises RecipeError for the first that leads nowhere. Imports what it names, but no torch of its own."""
+    scripted = recipe.generator.engine == "scripted"
+    for key, name in (
+        ("data.rows", recipe.data.rows),
+        ("evaluation.rows", recipe.evaluation.rows),
+        ("cold_start.demonstrations", recipe.cold_start.demonstrations),
+        ("generator.script", recipe.generator.script if scripted else ""),
+    ):
+        if name:
+            load_function(name, key, recipe_dir)
+    for key, path in (("data.path", recipe.data.path), ("evaluation.path", recipe.evaluation.path)):
+        if path and not path.startswith("hf:"):
+            find_file(path, key, recipe_dir)
+    _check_tools(recipe, recipe_dir)
+    _check_model(recipe.policy.model, recipe_dir)
+
+
+def _check_tools(recipe: Recipe, recipe_dir: str) -> None:
+    from rewards.errors import RewardError
+    from rewards.registry import load_reward
+    from tools.errors import ToolError
+    from tools.formats import open_format
+    from tools.registry import load_tools
+
+    key = "tools.use"
+    try:
+        tools = load_tools(recipe.tools.use, recipe_dir)
+        key = "tools.tags"
+        open_format(recipe.tools.format, tools, recipe.tools.tags)
+        key = "scorer.reward"
+        load_reward(recipe.scorer.reward, recipe_dir)
+    except (ToolError, RewardError) as error:
+        raise RecipeError("recipe", key, error.detail) from error
+
+
+def _check_model(name: str, recipe_dir: str) -> None:
+    """A name that may be a hub's is left to the learner, which asks there."""
+    if name and (Path(recipe_dir, name).is_dir() or Path(name).is_dir()):
+        return
+    if ":" in name:
+        load_function(name, "policy.model", recipe_dir)
+    elif not name or name.startswith((".", "/", "~")):
+        raise RecipeError("recipe", "policy.model", f"no folder {name!r}")
