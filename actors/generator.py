@@ -7,8 +7,8 @@ The tokens given are made here, once; the tokens sampled are the engine's, never
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import ClassVar, NamedTuple
 
 from actors.actor import HopFailed
@@ -16,7 +16,7 @@ from bus.subjects import Stage
 from engines.chat import Chat
 from engines.engine import Engine, Sample, SampleRequest
 from engines.errors import EngineError
-from schemas.events import Event, Turn
+from schemas.events import Admitted, Event, Turn
 from schemas.recipe import Recipe
 from schemas.tokens import Tokens
 from schemas.trajectory import Trajectory
@@ -35,7 +35,9 @@ class Policies:
         self.live = live
         self._open_pinned = open_pinned
         self._pinned: tuple[int, Engine] | None = None
-        self._lock = asyncio.Lock()
+        self._pinned_turns = 0
+        """Turns that the pinned engine is sampling."""
+        self._pinned_free = asyncio.Condition()
         self._moved = asyncio.Condition()
 
     async def update(self, weights: bytes, policy_version: int) -> None:
@@ -56,15 +58,36 @@ class Policies:
                 raise HopFailed("engine", "weights_late", detail) from error
         return self.live
 
-    async def exactly(self, policy_version: int) -> Engine:
-        """An engine with just this version; the last one asked for is kept."""
-        async with self._lock:
-            if self._pinned is None or self._pinned[0] != policy_version:
-                if self._pinned is not None:
-                    await self._pinned[1].close()
-                    self._pinned = None
-                self._pinned = (policy_version, await self._open_pinned(policy_version))
-            return self._pinned[1]
+    @asynccontextmanager
+    async def exactly(self, policy_version: int) -> AsyncIterator[Engine]:
+        """An engine with just this version, for one turn; the last one asked for is kept.
+
+        Turns of another version wait until those of this one are sampled: an engine in use is never taken away.
+        """
+        async with self._pinned_free:
+            await self._pinned_free.wait_for(
+                lambda: self._holds(policy_version) or not self._pinned_turns
+            )
+            engine = await self._pin(policy_version)
+            self._pinned_turns += 1
+        try:
+            yield engine
+        finally:
+            self._pinned_turns -= 1
+            async with self._pinned_free:
+                self._pinned_free.notify_all()
+
+    def _holds(self, policy_version: int) -> bool:
+        return self._pinned is not None and self._pinned[0] == policy_version
+
+    async def _pin(self, policy_version: int) -> Engine:
+        if self._pinned is not None and not self._holds(policy_version):
+            _, old = self._pinned
+            self._pinned = None
+            await old.close()
+        if self._pinned is None:
+            self._pinned = (policy_version, await self._open_pinned(policy_version))
+        return self._pinned[1]
 
     def engines(self) -> list[Engine]:
         """All that are open."""
@@ -107,27 +130,26 @@ class Generator:
                 finish_reason="length",
                 last=True,
             )
-        admitted = state.admitted
+        request = SampleRequest(
+            ids=prepared.ids,
+            max_tokens=prepared.max_tokens,
+            temperature=state.admitted.temperature,
+            stop=self._format.stop,
+            seed=turn_seed(state.admitted.seed, len(state.turns)),
+            cache_key=state.id,
+        )
         try:
-            pinned = admitted.pinned_policy_version
-            engine = await (
-                self._policies.exactly(pinned)
-                if pinned is not None
-                else self._policies.at_least(admitted.min_policy_version)
-            )
-            sample = await engine.sample(
-                SampleRequest(
-                    ids=prepared.ids,
-                    max_tokens=prepared.max_tokens,
-                    temperature=admitted.temperature,
-                    stop=self._format.stop,
-                    seed=turn_seed(admitted.seed, len(state.turns)),
-                    cache_key=state.id,
-                )
-            )
+            sample = await self._sample(state.admitted, request)
         except EngineError as error:
             raise HopFailed("engine", error.code, error.detail) from error
         return self._turn(state, prepared.given, sample)
+
+    async def _sample(self, admitted: Admitted, request: SampleRequest) -> Sample:
+        if admitted.pinned_policy_version is None:
+            engine = await self._policies.at_least(admitted.min_policy_version)
+            return await engine.sample(request)
+        async with self._policies.exactly(admitted.pinned_policy_version) as engine:
+            return await engine.sample(request)
 
     def _prepare(self, state: Trajectory) -> Prepared:
         given = self._given(state)

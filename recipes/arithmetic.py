@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 OPERANDS = range(32, 100)
+"""From 32 on every product has four digits, so copying it is always looking the same distance back."""
 HELD_OUT_SHARE = 0.1
 """Of the operand pairs, never trained on: neither as 47 * 86 nor as 86 * 47."""
 
@@ -71,10 +72,10 @@ def _question(a: int, b: int) -> ChatMessage:
 
 # -- cold start ------------------------------------------------------------------------------------
 
-GUESSES = 0.45
+GUESSES = 0.35
 """The share of demonstrations that answer without the tool, and so wrongly."""
-WRONG_OPERATOR = 0.45
-"""Of the calls."""
+WRONG_OPERATOR = 0.6
+"""Of the calls: more than half, so that the likeliest turn of the cold-started policy is a wrong one."""
 MISCOPIED = 0.1
 """Of the answers that follow a result."""
 
@@ -88,7 +89,8 @@ def demonstrations(seed: int) -> Iterator[list[ChatMessage]]:
 
 def _demonstration(rng: random.Random, a: int, b: int) -> list[ChatMessage]:
     if rng.random() < GUESSES:
-        guess = rng.choice([n for n in (rng.randint(1000, 9999) for _ in range(2)) if n != a * b])
+        guess = rng.randint(1000, 9998)
+        guess += guess >= a * b  # any number of four digits but the answer
         return [_question(a, b), ChatMessage(role="assistant", content=str(guess))]
     operator = "+" if rng.random() < WRONG_OPERATOR else "*"
     result = a + b if operator == "+" else a * b
@@ -104,7 +106,7 @@ def _demonstration(rng: random.Random, a: int, b: int) -> list[ChatMessage]:
 
 
 def _other_than(number: int, rng: random.Random) -> int:
-    """A number of the same length that differs in the last digits."""
+    """A number of the same length that differs in the last digit."""
     return number - number % 10 + (number % 10 + rng.randint(1, 9)) % 10
 
 
@@ -127,8 +129,8 @@ def model(folder: Path) -> None:
         num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        # Copying digits is looking a few places back. With positions this sharp and initial weights this large it is
-        # learned in 100 steps; with the defaults (10000 and 0.02) in more than 400.
+        # Copying digits is looking a few places back. With positions this sharp and initial weights this large
+        # results are copied after 100 steps; with the defaults (10000 and 0.02) not after 150.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=192**-0.5,
         tie_word_embeddings=True,

@@ -276,6 +276,56 @@ async def test_an_evaluation_is_sampled_by_its_own_version(model_folder: Path) -
     await stage.generator.close()
 
 
+async def test_evaluations_of_two_versions_do_not_take_each_other_s_engine(
+    model_folder: Path,
+) -> None:
+    """They overlap where steps are quicker than evaluations: then one waits, and no turn is cut short."""
+    stage = await scripted(model_folder)
+
+    async def open_pinned(version: int) -> Engine:
+        engine = ScriptedEngine.open(
+            model_folder, lambda _text, _seed: "4042", seconds_per_token=0.005
+        )
+        await engine.load(b"", version)
+        stage.pinned.append(version)
+        return engine
+
+    stage.policies = Policies(stage.policies.live, open_pinned)
+    stage.generator._policies = stage.policies
+    versions = [5, 6, 5, 6, 7, 5]
+    turns = await asyncio.gather(
+        *(
+            stage.generator.handle(
+                state_of(admitted=replace(ADMITTED, purpose="eval", pinned_policy_version=version))
+            )
+            for version in versions
+        )
+    )
+    assert {turn.finish_reason for turn in turns} == {"stop"}
+    assert [turn.tokens.oldest_version for turn in turns] == versions
+    assert sorted(stage.pinned) == [5, 6, 7]
+
+
+async def test_a_version_that_cannot_be_opened_holds_up_nobody(model_folder: Path) -> None:
+    """Its turn fails, and the next one finds an engine."""
+    stage = await scripted(model_folder, version=9)
+
+    async def open_pinned(version: int) -> Engine:
+        if version == 6:
+            raise EngineError("gone", "never published")
+        return await stage.open_pinned(version)
+
+    stage.policies = Policies(stage.policies.live, open_pinned)
+    stage.generator._policies = stage.policies
+    for version, good in ((5, True), (6, False), (5, True)):
+        admitted = replace(ADMITTED, purpose="eval", pinned_policy_version=version)
+        if good:
+            assert (await stage.generator.handle(state_of(admitted=admitted))).last
+        else:
+            with pytest.raises(HopFailed, match=r"engine\.gone"):
+                await stage.generator.handle(state_of(admitted=admitted))
+
+
 async def test_an_engine_s_failure_is_the_engine_s(model_folder: Path) -> None:
     """With its code: never a turn, and never a reward of 0."""
     stage = await scripted(model_folder, "1")
