@@ -213,6 +213,13 @@ class Planner:
             threads=learner.threads,
         )
 
+    @property
+    def without_signal(self) -> int:
+        """Groups completed since the last step, when they would make a batch and none has signal; else 0."""
+        learner = self._recipe.learner
+        full = len(self._filtered) >= learner.refill_limit * learner.groups_per_step
+        return len(self._filtered) if full and not self._ready else 0
+
     def stragglers(self, policy_version: int) -> list[str]:
         """Live trajectories that the next step would make too stale."""
         oldest_allowed = policy_version + 1 - self._recipe.asynchrony.max_staleness

@@ -8,6 +8,7 @@ batches, and goes on. Training runs in a thread; the loop goes on reading the lo
 
 import asyncio
 import hashlib
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,11 @@ class Training:
         if ":" not in name:
             return _download(name)
         folder = self._folder.path / "model"
-        if not (folder / "config.json").exists():
-            load_function(name, "policy.model", self._process.recipe_dir)(folder)
+        if not folder.exists():
+            unfinished = folder.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            load_function(name, "policy.model", self._process.recipe_dir)(unfinished)
+            unfinished.rename(folder)
         return folder
 
     async def _append(self, event: AnyLearnerEvent) -> None:
@@ -144,6 +148,10 @@ class Training:
             await self._append(event)
         step = planner.plan(self._version)
         if step is None or self._must_wait():
+            if without := planner.without_signal:
+                self._process.vitals.phase = (
+                    f"no signal: in each of {without} groups all rewards are equal"
+                )
             return
         await self._append(step)
         await self._train_batch(planner.batches.pop(step.step))

@@ -34,7 +34,10 @@ async def test_an_append_needs_the_last_sequence(log: Log) -> None:
     with pytest.raises(Conflict):
         await log.append(turn("b"), first)
     with pytest.raises(Conflict):
-        await log.append(Admitted(trajectory="g0-0-0", task="u", public=PublicPart(messages=[]), private_key=""), 0)
+        await log.append(
+            Admitted(trajectory="g0-0-0", task="u", public=PublicPart(messages=[]), private_key=""),
+            0,
+        )
     state = await log.trajectory("g0-0-0")
     assert state is not None
     assert (state.seq, state.turn_text) == (second, "a")
@@ -115,9 +118,7 @@ async def test_a_follower_goes_on_after_the_server_was_killed(
     ],
     ids=["bytes", "other kind", "other trajectory", "other place", "nested"],
 )
-async def test_junk_is_skipped_and_counted(
-    bus: Bus, log: Log, subject: str, data: bytes
-) -> None:
+async def test_junk_is_skipped_and_counted(bus: Bus, log: Log, subject: str, data: bytes) -> None:
     """An event counts only if stored subject, kind and schema agree; junk stops nobody."""
     await log.append(admitted(), 0)
     await bus.store(subject, data)
@@ -130,7 +131,10 @@ async def test_an_event_after_the_end_is_junk(bus: Bus, log: Log) -> None:
     """Whoever writes past the commit rule changes no trajectory."""
     seq = await log.append(admitted(), 0)
     await log.append(Expired(trajectory="g0-0-0", reason="test"), seq)
-    await bus.store(subjects.trajectory("test", "g0-0-0", "scored"), encode(Scored(trajectory="g0-0-0", reward=1.0)))
+    await bus.store(
+        subjects.trajectory("test", "g0-0-0", "scored"),
+        encode(Scored(trajectory="g0-0-0", reward=1.0)),
+    )
     state = await log.trajectory("g0-0-0")
     assert state is not None
     assert state.scored is None
@@ -140,9 +144,13 @@ async def test_a_replaced_learner_is_fenced(log: Log) -> None:
     """A learner that wakes up after another has gone on cannot append."""
     begun = Step(step=1, start_version=0, trajectories=["g0-0-0"])
     seq = await log.append_learner("main", begun, 0)
-    await log.append_learner("main", Stepped(step=1, policy_version=1, weights_sha256="", metrics={}), seq)
+    await log.append_learner(
+        "main", Stepped(step=1, policy_version=1, weights_sha256="", metrics={}), seq
+    )
     with pytest.raises(Conflict):
-        await log.append_learner("main", Stepped(step=1, policy_version=1, weights_sha256="x", metrics={}), seq)
+        await log.append_learner(
+            "main", Stepped(step=1, policy_version=1, weights_sha256="x", metrics={}), seq
+        )
 
 
 async def test_an_append_without_a_server_says_so(server: EmbeddedServer, bus: Bus) -> None:

@@ -50,7 +50,9 @@ async def test_an_object_with_other_bytes_is_refused(bus: Bus) -> None:
 async def test_a_follower_hears_of_each_new_policy(bus: Bus) -> None:
     """Version 0 first, then what comes; any version can be asked for later."""
     assets = await policy.publish_assets(bus, {"config.json": b"{}"})
-    pointers = [WeightsPointer(policy_version=v, weights_sha256="", assets_sha256=assets) for v in (0, 1)]
+    pointers = [
+        WeightsPointer(policy_version=v, weights_sha256="", assets_sha256=assets) for v in (0, 1)
+    ]
     following = policy.follow(bus, "test")
     for pointer in pointers:
         data = os.urandom(10)

@@ -10,7 +10,14 @@ from bus.codec import decode
 from bus.connection import Bus
 from bus.embedded import EmbeddedServer
 from bus.errors import BadMessage
-from bus.work import STATE_LIMIT_BYTES, backlog, open_queue, publish_again, publish_work, work_message
+from bus.work import (
+    STATE_LIMIT_BYTES,
+    backlog,
+    open_queue,
+    publish_again,
+    publish_work,
+    work_message,
+)
 from schemas.events import Admitted, Turn
 from schemas.messages import Work
 from schemas.task import PublicPart
@@ -19,7 +26,9 @@ from schemas.trajectory import Trajectory
 
 
 def fresh(member: int = 0, seq: int = 1) -> Trajectory:
-    event = Admitted(trajectory=f"g0-{member}-0", task="t", public=PublicPart(messages=[]), private_key="")
+    event = Admitted(
+        trajectory=f"g0-{member}-0", task="t", public=PublicPart(messages=[]), private_key=""
+    )
     return Trajectory(admitted=event, seq=seq)
 
 
@@ -29,7 +38,10 @@ async def test_each_message_goes_to_one_replica(bus: Bus) -> None:
         await publish_work(bus, "test", fresh(member))
     got: dict[int, list[str]] = {0: [], 1: []}
 
-    async with open_queue(bus, "gen", "test", slots=8) as one, open_queue(bus, "gen", "test", slots=8) as two:
+    async with (
+        open_queue(bus, "gen", "test", slots=8) as one,
+        open_queue(bus, "gen", "test", slots=8) as two,
+    ):
 
         async def take(index: int) -> None:
             queue = (one, two)[index]
@@ -103,7 +115,9 @@ async def test_bytes_that_are_no_message_name_the_path(bus: Bus) -> None:
         await delivery.done()
 
 
-async def test_a_queue_goes_on_after_the_server_was_restarted(server: EmbeddedServer, bus: Bus) -> None:
+async def test_a_queue_goes_on_after_the_server_was_restarted(
+    server: EmbeddedServer, bus: Bus
+) -> None:
     """Its standing request is gone with the server; it asks again by itself."""
     async with open_queue(bus, "gen", "test", slots=4) as queue:
         await publish_work(bus, "test", fresh(0))
