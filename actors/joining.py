@@ -70,11 +70,16 @@ async def add_replicas(role: RoleName, replicas: int, run: str | None, nats_url:
         if event is None:
             raise UserError(f"no run {name!r} at {endpoint.url}")
         folder = RunFolder(name)
+        home = None if nats_url else folder.live()
+        gone = asyncio.Event()
+        if home is not None:
+            _watch_process(home.supervisor_pid, gone)
         supervisor = Supervisor(name, endpoint, folder.logs, event.recipe.deadlines.drain_s)
         click.echo(f"{role} x{replicas} joins run {name}; Ctrl-C drains and leaves")
         waits = [
             asyncio.ensure_future(each)
             for each in (
+                gone.wait(),
                 supervisor.keep(role, replicas),
                 stop.wait(),
                 _until_over(log),
@@ -91,6 +96,13 @@ async def add_replicas(role: RoleName, replicas: int, run: str | None, nats_url:
                 task.cancel()
             await asyncio.wait(waits)
     return 0
+
+
+def _watch_process(pid: int, gone: asyncio.Event) -> None:
+    """Set the event when the process ends: a run on this machine is over with its supervisor. Linux only."""
+    if sys.platform == "linux":
+        descriptor = os.pidfd_open(pid)
+        asyncio.get_running_loop().add_reader(descriptor, gone.set)
 
 
 async def _until_over(log: Log) -> None:

@@ -1,3 +1,5 @@
+"""The comparison with barriers, in small."""
+
 import json
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""The comparison with one process, in small."""
+
 import json
 import subprocess
 import sys

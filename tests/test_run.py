@@ -1,0 +1,238 @@
+"""Whole runs of real processes: trained, joined, killed, resumed, accounted for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from actors.recipe import load_recipe
+from schemas.events import OWNERS
+
+pytestmark = pytest.mark.slow
+
+METRICS = {
+    "step", "policy_version", "reward_mean", "reward_std", "trajectories", "tool_call_rate", "loss",
+    "grad_norm", "entropy", "kl_behaviour", "is_ratio_mean", "masked_token_fraction",
+    "staleness_mean", "staleness_max", "zero_variance_fraction", "truncated_fraction",
+    "failed_by_cause", "gen_tokens_per_s", "train_tokens_per_s", "step_s",
+}  # fmt: skip
+STEPS = 8
+SMALL = [
+    "recipes/arithmetic.toml", "--run", "whole",
+    "--set", "cold_start.steps=80", "--set", f"learner.steps={STEPS}",
+    "--set", "learner.groups_per_step=4", "--set", "learner.checkpoint_every_steps=3",
+    "--set", "evaluation.limit=8", "--set", "evaluation.every_steps=4",
+]  # fmt: skip
+
+
+class Machine:
+    """Runs `actors` with a folder of its own for runs."""
+
+    def __init__(self, runs: Path) -> None:
+        self.runs = runs
+        self.environment = os.environ | {"ACTORS_RUNS": str(runs), "COLUMNS": "200"}
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "actors", *arguments],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def say(self, *arguments: str) -> str:
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+        return output
+
+    def events(self) -> list[dict[str, Any]]:
+        """The whole log, by `actors tail`."""
+        output = self.say("tail", "--run", "whole", "--from-start", "--json")
+        return [json.loads(line) for line in output.splitlines()]
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything of ours that is alive: replicas, servers, sandboxes."""
+        return [
+            process
+            for process in psutil.process_iter()
+            if self._is_ours(process) and process.pid != os.getpid()
+        ]
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            mine = process.environ().get("ACTORS_RUNS") == str(self.runs)
+            return mine and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    made = Machine(tmp_path_factory.mktemp("runs"))
+    yield made
+    for process in made.processes():
+        process.kill()
+
+
+def until(is_so: Callable[[], bool], seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, f"not in {seconds:g} s: {what}"
+        time.sleep(0.2)
+
+
+def rows(machine: Machine) -> int:
+    path = machine.runs / "whole" / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def finished(machine: Machine) -> list[dict[str, Any]]:
+    """A run that two generators joined, whose terminal was killed, and that was resumed to its end."""
+    first = machine.start("train", *SMALL)
+    until(lambda: rows(machine) >= 2 or first.poll() is not None, 300, "two steps")
+    joined = machine.start("run", "generator", "--replicas", "2", "--run", "whole")
+    versions = "generator x2"
+    until(lambda: _generators(machine) >= 3 or joined.poll() is not None, 90, versions)
+    before = rows(machine)
+    until(lambda: rows(machine) > before or first.poll() is not None, 120, "a step with them")
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    until(lambda: not machine.processes(), 30, "no process left after the terminal was killed")
+    assert joined.wait(5) == 0
+    assert not _listens(machine), "no port left"
+
+    second = machine.start("train", *SMALL)
+    output, _ = second.communicate(timeout=600)
+    assert second.returncode == 0, output
+    assert not machine.processes()
+    return machine.events()
+
+
+def _generators(machine: Machine) -> int:
+    return machine.say("ps", "--run", "whole").count("generator-")
+
+
+def _listens(machine: Machine) -> bool:
+    config = (machine.runs / "whole" / "nats" / "nats.conf").read_text()
+    address = config.split('listen: "')[1].split('"')[0]
+    port = int(address.rsplit(":", 1)[1])
+    return any(c.laddr.port == port and c.status == "LISTEN" for c in psutil.net_connections())
+
+
+def test_every_trajectory_has_one_fate(finished: list[dict[str, Any]]) -> None:
+    """admitted = trained + filtered + evaluated + expired + failed + dropped, each id once."""
+    fates: Counter[str] = Counter()
+    for event in finished:
+        if event["kind"] in ("evaluated", "expired", "failed", "dropped"):
+            fates[event["trajectory"]] += 1
+        elif event["kind"] in ("step", "filtered"):
+            fates.update(event["trajectories"])
+    admitted = [event["trajectory"] for event in finished if event["kind"] == "admitted"]
+    assert len(set(admitted)) == len(admitted)
+    assert fates == Counter(admitted)
+
+
+def test_no_step_is_lost_or_made_twice(finished: list[dict[str, Any]]) -> None:
+    """One `step` and one `stepped` each, in order, across the kill."""
+    steps = [event["step"] for event in finished if event["kind"] == "step"]
+    stepped = [event["step"] for event in finished if event["kind"] == "stepped"]
+    assert steps == stepped == list(range(1, STEPS + 1))
+
+
+def test_no_prompt_is_skipped_or_repeated(finished: list[dict[str, Any]]) -> None:
+    """Groups g0, g1, … have the rows in order; a repeat is of an expired group."""
+    groups = {e["trajectory"].split("-")[0]: e["task"] for e in finished if e["kind"] == "admitted"}
+    fresh = [name for name in groups if name[0] == "g" and "r" not in name]
+    assert sorted(int(name[1:]) for name in fresh) == list(range(len(fresh)))
+    tasks = [groups[name] for name in fresh]
+    assert len(set(tasks)) == len(tasks)
+
+
+def test_steps_trained_again_gave_the_same_weights(
+    machine: Machine, finished: list[dict[str, Any]]
+) -> None:
+    """After the kill the checkpoint and the recorded batches lead to the recorded weights, to the bit."""
+    logs = "".join(path.read_text() for path in (machine.runs / "whole" / "logs").glob("learner*"))
+    assert "gave other weights" not in logs
+
+
+def test_joined_replicas_took_load(finished: list[dict[str, Any]]) -> None:
+    """At least three generators sampled turns before the kill, and another after it."""
+    assert len({event["replica"] for event in finished if event["kind"] == "turn"}) >= 4
+
+
+def test_each_role_appended_only_its_own_kinds(finished: list[dict[str, Any]]) -> None:
+    owners = {kind.__struct_config__.tag: role for kind, role in OWNERS.items()}
+    for event in finished:
+        assert event["replica"].split("-")[0] == owners[event["kind"]], event
+
+
+def test_token_facts_agree(finished: list[dict[str, Any]]) -> None:
+    """Sampled tokens have a version and a log-probability; given ones have neither; staleness is bounded."""
+    for event in finished:
+        if event["kind"] == "turn":
+            tokens = event["tokens"]
+            for mask, logprob, version in zip(
+                tokens["mask"], tokens["logprobs"], tokens["versions"], strict=True
+            ):
+                assert (version >= 0) == bool(mask)
+                assert logprob <= 0 if mask else logprob == 0
+    stepped = [event["metrics"] for event in finished if event["kind"] == "stepped"]
+    assert max(row["staleness_max"] for row in stepped) <= 2
+
+
+def test_the_learner_agrees_with_the_engine(finished: list[dict[str, Any]]) -> None:
+    """Where the version that samples is the one that is trained, log-probabilities are the same."""
+    first = next(event["metrics"] for event in finished if event["kind"] == "stepped")
+    assert first["staleness_max"] == 0
+    assert abs(first["kl_behaviour"]) < 1e-6
+    assert abs(first["is_ratio_mean"] - 1) < 1e-4
+
+
+def test_what_a_run_leaves(machine: Machine, finished: list[dict[str, Any]]) -> None:
+    """Metrics without a gap, held-out scores, the curve, the recipe, and a model that transformers loads."""
+    folder = machine.runs / "whole"
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
+    assert metrics[0].keys() >= METRICS
+    evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").open()]
+    assert {row["policy_version"] for row in evaluations} >= {0, STEPS}
+    assert (folder / "reward.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").glob("events.*"))
+    assert load_recipe(folder / "recipe.toml").learner.steps == STEPS
+    assert not (folder / "endpoint.json").exists()
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
+    assert model.config.vocab_size >= len(AutoTokenizer.from_pretrained(folder / "checkpoint"))
+
+
+def test_a_trajectory_can_be_shown(machine: Machine, finished: list[dict[str, Any]]) -> None:
+    """Of a run at rest, too: every turn, call, result and the reward."""
+    scored = next(e for e in finished if e["kind"] == "scored" and e["trajectory"].startswith("g"))
+    text = machine.say("show", scored["trajectory"], "--run", "whole")
+    assert "turn 0" in text
+    assert "reward" in text
+
+
+def test_a_finished_run_is_not_started_again(
+    machine: Machine, finished: list[dict[str, Any]]
+) -> None:
+    process = machine.start("train", *SMALL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "has ended" in output
