@@ -88,7 +88,7 @@ def draw(rows: list[dict[str, Any]], evaluations: dict[int, float], path: Path) 
     axes.plot([row["step"] for row in rows], [row["reward_mean"] for row in rows], label="training")
     if evaluations:
         axes.plot(list(evaluations), list(evaluations.values()), "o", label="held out, greedy")
-    axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1.02))
+    axes.set(xlabel="step", ylabel="mean reward", ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.tight_layout()

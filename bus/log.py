@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import NamedTuple, TypeVar
 
 import structlog
+from msgspec.structs import replace
 from nats.errors import Error as NatsError
 
 from bus import subjects
@@ -235,8 +236,12 @@ class Log:
         """One trajectory folded from its events; None when it was never admitted."""
         state: Trajectory | None = None
         subject = subjects.trajectory(self.run, trajectory_id)
-        async for stored in self._events(self._reader.read(subject)):
-            state = fold_stored(state, stored)
+        async for raw in self._reader.read(subject):
+            stored = self._stored(raw)
+            if stored is not None:
+                state = fold_stored(state, stored)
+            if state is not None:  # junk moves the sequence too: the next append must expect it
+                state = replace(state, seq=raw.seq)
         return state
 
     async def last_seq(self) -> int:

@@ -127,6 +127,17 @@ async def test_junk_is_skipped_and_counted(bus: Bus, log: Log, subject: str, dat
     assert log.junk == 1
 
 
+async def test_junk_does_not_block_a_trajectory(bus: Bus, log: Log) -> None:
+    """Whoever reads the trajectory again appends after the junk."""
+    first = await log.append(admitted(), 0)
+    await bus.store(subjects.trajectory("test", "g0-0-0", "turn"), b"junk")
+    with pytest.raises(Conflict):
+        await log.append(turn(), first)
+    state = await log.trajectory("g0-0-0")
+    assert state is not None
+    await log.append(turn(), state.seq)
+
+
 async def test_an_event_after_the_end_is_junk(bus: Bus, log: Log) -> None:
     """Whoever writes past the commit rule changes no trajectory."""
     seq = await log.append(admitted(), 0)
