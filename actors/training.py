@@ -127,7 +127,9 @@ class Training:
     # -- versions 1, 2, … --------------------------------------------------------------------------
 
     async def _train(self) -> None:
-        async for found in self._process.log.follow(poll_s=_POLL_S):
+        barriers = self._recipe.asynchrony.barriers  # all wait then for what is filtered here
+        hint = subjects.trajectory(self._process.run, "*", "scored") if barriers else ""
+        async for found in self._process.log.follow(poll_s=_POLL_S, hint=hint):
             for stored in found:
                 self._planner.observe(stored.event, stored.seq, stored.time_s)
                 if isinstance(stored.event, Ended):
