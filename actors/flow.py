@@ -1,5 +1,6 @@
 """The graph of roles and messages, drawn from the subject table."""
 
+from actors.views import columns
 from bus.subjects import TABLE
 
 
@@ -10,12 +11,7 @@ def draw() -> str:
         (row.subject, row.stream or "-", ", ".join(row.publishes), ", ".join(row.consumes))
         for row in TABLE
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    table = "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-    return f"{_PICTURE}\n{table}"
+    return f"{_PICTURE}\n{columns(rows)}"
 
 
 _PICTURE = """\
