@@ -185,7 +185,9 @@ async def connect(endpoint: Endpoint, name: str) -> AsyncIterator[Bus]:
             _CONNECT_TIMEOUT_S,
         )
     except (NatsError, OSError, TimeoutError, ValueError) as error:
-        why = first_errors[-1] if first_errors else str(error) or "no answer in time"
+        # a refusal comes between the resets that it causes, and says more than they do
+        refusals = [text for text in first_errors if "authorization" in text.lower()]
+        why = [str(error) or "no answer in time", *first_errors, *refusals][-1]
         raise Unreachable(endpoint.url, why) from error
     bus = Bus(client, endpoint.url)
     watchdog = asyncio.create_task(_watch(bus), name="bus watchdog")
