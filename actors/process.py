@@ -199,9 +199,8 @@ class Hops:
         except Conflict:
             await self._moved_on(await process.log.trajectory(state.id), delivery)
             return
-        if (
-            not process.recipe.asynchrony.barriers
-        ):  # with barriers the dispatcher wakes the next stage
+        # with barriers the dispatcher wakes the next stage
+        if not process.recipe.asynchrony.barriers:
             await publish_work(process.bus, process.run, fold(state, event, seq))
         await delivery.done()
 

@@ -195,12 +195,10 @@ class Training:
         elif recorded.weights_sha256 != sha256:
             log.warning("step trained again gave other weights", step=number)
         await self._publish(number, weights, sha256)
-        if number % self._recipe.learner.checkpoint_every_steps == 0 or self._is_last(number):
+        last = number == self._recipe.learner.steps
+        if number % self._recipe.learner.checkpoint_every_steps == 0 or last:
             await self._checkpoint(number)
         self._process.vitals.phase = "waiting for groups"
-
-    def _is_last(self, number: int) -> bool:
-        return number == self._recipe.learner.steps
 
     def _row(self, batch: Batch, trained: dict[str, float], train_s: float) -> dict[str, Any]:
         """One row of metrics.jsonl."""

@@ -251,10 +251,9 @@ class Log:
 
     async def read(self, subject: str = "", after: int = 0) -> AsyncIterator[Stored]:
         """Everything in the log now, in order."""
-        async for stored in self._events(
-            self._reader.read(subject or subjects.log(self.run), after)
-        ):
-            yield stored
+        async for raw in self._reader.read(subject or subjects.log(self.run), after):
+            if (stored := self._stored(raw)) is not None:
+                yield stored
 
     async def follow(
         self, after: int = 0, *, subject: str = "", poll_s: float = POLL_S, hint: str = ""
@@ -263,12 +262,6 @@ class Log:
         subject = subject or subjects.log(self.run)
         async for found in self._reader.follow(subject, after, poll_s=poll_s, hint=hint):
             yield [stored for raw in found if (stored := self._stored(raw)) is not None]
-
-    async def _events(self, source: AsyncIterator[Raw]) -> AsyncIterator[Stored]:
-        async for raw in source:
-            stored = self._stored(raw)
-            if stored is not None:
-                yield stored
 
     def _stored(self, raw: Raw) -> Stored | None:
         try:
