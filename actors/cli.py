@@ -1,6 +1,7 @@
 """`actors`: train, join, watch and steer runs. Torch is imported by the processes that need it, never here."""
 
 import asyncio
+import re
 import sys
 import time
 from collections.abc import Callable, Coroutine
@@ -12,7 +13,7 @@ import click
 from actors.errors import UserError
 from bus.errors import BusError
 
-ROLE_NAMES = ["dispatcher", "generator", "toolbox", "scorer", "learner"]
+ROLE_NAMES = ["dispatcher", "generator", "toolbox", "scorer", "learner", "recorder"]
 
 run_option = click.option("--run", help="The run's name; by default the one that is alive.")
 nats_option = click.option(
@@ -22,6 +23,17 @@ nats_option = click.option(
     default="",
     help="A NATS server to use, as nats://user:password@host:port; by default the run's own.",
 )
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def size(text: str) -> int:
+    """A number of bytes, written as `50GB`, `500MB` or `4096`."""
+    found = re.fullmatch(r"([0-9]{1,9})\s*([KMGT]B)?", text.strip(), re.IGNORECASE)
+    if found is None or int(found[1]) == 0:
+        raise click.BadParameter(f"{text!r} is no size: write it as 50GB or 500MB")
+    return int(found[1]) * _UNITS[(found[2] or "").upper()]
 
 
 class Commands(click.Group):
@@ -56,13 +68,26 @@ def _go(coroutine: Coroutine[Any, Any, int | None]) -> None:
 @click.option("--run", help="The run's name; that of an earlier run resumes it.")
 @nats_option
 @click.option("--dry-run", is_flag=True, help="Print the recipe as resolved, and start nothing.")
+@click.option(
+    "--log-limit",
+    type=size,
+    metavar="SIZE",
+    envvar="ACTORS_LOG_LIMIT",
+    help="What the log of all runs on the server may take, e.g. 50GB; near it admission stops. "
+    "By default it stays as it is, at first without a limit.",
+)
 def train(
-    recipe_path: Path, overrides: tuple[str, ...], run: str | None, nats_url: str, dry_run: bool
+    recipe_path: Path,
+    overrides: tuple[str, ...],
+    run: str | None,
+    nats_url: str,
+    dry_run: bool,
+    log_limit: int | None,
 ) -> None:
     """Train RECIPE (a TOML file), or resume a run."""
     from rich.console import Console
 
-    from actors.recipe import load_recipe, to_toml
+    from actors.recipe import load_recipe, sentence, to_toml
     from actors.train import train as train_run
     from bus.subjects import token
 
@@ -73,10 +98,10 @@ def train(
     except ValueError as error:
         raise UserError(str(error)) from error
     if dry_run:
-        click.echo(to_toml(recipe), nl=False)
+        click.echo(sentence(recipe) + to_toml(recipe), nl=False)
         return
     folder = str(recipe_path.resolve().parent)
-    _go(train_run(recipe, folder, name, nats_url, Console()))
+    _go(train_run(recipe, folder, name, nats_url, Console(), log_limit))
 
 
 @main.command("run")
@@ -167,6 +192,146 @@ def show(trajectory: str, run: str | None, nats_url: str) -> None:
     from actors.joining import show_trajectory
 
     _go(show_trajectory(trajectory, run, nats_url))
+
+
+@main.command()
+@run_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@nats_option
+def verify(run: str | None, as_json: bool, nats_url: str) -> None:
+    """Account for every trajectory from the log alone; exit status 1 when something is broken."""
+    from actors.verify import verify as verify_run
+
+    _go(verify_run(run, nats_url, as_json=as_json))
+
+
+@main.command()
+@run_option
+@click.option("--steps", default="", metavar="A:B", help="Both included; by default all.")
+@nats_option
+def replay(run: str | None, steps: str, nats_url: str) -> None:
+    """Do the steps of a run again from its log; exit status 1 when a value is not the recorded one."""
+    from actors.replay import replay as replay_run
+
+    _go(replay_run(run, nats_url, steps))
+
+
+@main.command()
+@click.argument("run")
+@click.option(
+    "--to", "folder", type=click.Path(path_type=Path), help="By default the run's own folder."
+)
+@click.option("--drop", is_flag=True, help="Then delete it from the stores.")
+@click.option("--force", is_flag=True, help="With --drop, also a run that could be resumed.")
+@nats_option
+def archive(run: str, folder: Path | None, drop: bool, force: bool, nats_url: str) -> None:
+    """Copy the log of RUN, which has ended, to a file that is read back and compared."""
+    from actors.archive import archive as archive_run
+
+    _go(archive_run(run, folder, nats_url, drop=drop, force=force))
+
+
+@main.group()
+def dead() -> None:
+    """Messages that no handler could take: list, show, replay, drop."""
+
+
+@dead.command("list")
+@run_option
+@nats_option
+def dead_list(run: str | None, nats_url: str) -> None:
+    """One line for each."""
+    from actors.dead import list_dead
+
+    _go(list_dead(run, nats_url))
+
+
+@dead.command("show")
+@click.argument("seq", type=int)
+@run_option
+@nats_option
+def dead_show(seq: int, run: str | None, nats_url: str) -> None:
+    """All that one says, with what was put aside."""
+    from actors.dead import show_dead
+
+    _go(show_dead(seq, run, nats_url))
+
+
+@dead.command("replay")
+@click.argument("seq", type=int)
+@run_option
+@nats_option
+def dead_replay(seq: int, run: str | None, nats_url: str) -> None:
+    """Send what was put aside again, if its trajectory still waits for it; else exit status 1."""
+    from actors.dead import replay_dead
+
+    _go(replay_dead(seq, run, nats_url))
+
+
+@dead.command("drop")
+@click.argument("seq", type=int, required=False)
+@click.option("--all", "every", is_flag=True, help="All of the run.")
+@run_option
+@nats_option
+def dead_drop(seq: int | None, every: bool, run: str | None, nats_url: str) -> None:
+    """Delete one, or all."""
+    from actors.dead import drop
+
+    if every == (seq is not None):
+        raise UserError("dead drop: name one by its SEQ, or say --all")
+    _go(drop(seq, run, nats_url))
+
+
+@main.group("tools", context_settings={"help_option_names": ["-h", "--help"]})
+def tools_group() -> None:
+    """The tools that there are: list them, see what the policy is shown, call one by hand."""
+
+
+recipe_option = click.option(
+    "--recipe",
+    "recipe_path",
+    type=click.Path(path_type=Path),
+    help="Take tools, options and tier from a recipe.",
+)
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As tools.tier=unsafe."
+)
+
+
+@tools_group.command("list")
+@recipe_option
+@set_option
+def tools_list(recipe_path: Path | None, overrides: tuple[str, ...]) -> None:
+    """What there is to call."""
+    from actors.trying import list_tools
+
+    _go(list_tools(recipe_path, overrides))
+
+
+@tools_group.command("schema")
+@click.argument("name")
+@recipe_option
+@set_option
+def tools_schema(name: str, recipe_path: Path | None, overrides: tuple[str, ...]) -> None:
+    """What the policy is shown of the tool NAME."""
+    from actors.trying import show_schema
+
+    _go(show_schema(name, recipe_path, overrides))
+
+
+@tools_group.command("call")
+@click.argument("name")
+@click.argument("arguments", default="")
+@click.option("--task", default="{}", help="The row's public.extra, as JSON.")
+@recipe_option
+@set_option
+def tools_call(
+    name: str, arguments: str, task: str, recipe_path: Path | None, overrides: tuple[str, ...]
+) -> None:
+    """Call the tool NAME with ARGUMENTS: a JSON object, or what a call's body would hold."""
+    from actors.trying import call_tool
+
+    _go(call_tool(name, arguments, recipe_path, task, overrides))
 
 
 @main.command()

@@ -1,7 +1,9 @@
 """What the dispatcher sees beside the log, and what it may decide."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from bus.work import Queue
 from schemas.events import Admitted, Dropped, Ended, Expired, Failed
 
 
@@ -13,10 +15,12 @@ class View(NamedTuple):
     """Of the pointer; -1 before version 0."""
     generators: int = 1
     """Live replicas."""
-    held: frozenset[str] = frozenset()
-    """Trajectories that live replicas say they are working on."""
-    backlog: frozenset[str] = frozenset()
-    """Stages whose queue is not empty: there silence means waiting, not loss."""
+    held: Mapping[str, float] = {}
+    """Trajectories that live replicas say they are working on, each with the seconds since the last one took it."""
+    queues: Mapping[str, Queue] = {}
+    """The work queues, by `Place.queue`."""
+    shortage: str = ""
+    """Why there is no room for more; what is in flight goes on."""
 
 
 class Admit(NamedTuple):

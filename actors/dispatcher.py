@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from msgspec import structs
 
 from actors.decisions import Admit, Decision, End, Finish, Sweep, View, Wake
+from actors.place import Place
 from actors.tasks import Evaluations, Tasks
 from schemas.events import (
     Admitted,
@@ -31,12 +32,13 @@ from schemas.events import (
     Result,
     Resumed,
     Scored,
+    Started,
     Step,
     Stepped,
     Turn,
 )
 from schemas.messages import DeadLetter
-from schemas.recipe import Recipe
+from schemas.recipe import Recipe, stage_limits_s
 from schemas.task import TaskRow
 from schemas.trajectory import TrajectoryId
 
@@ -52,17 +54,27 @@ class Live:
 
     def __init__(self, admitted: Admitted, seq: int, now_s: float) -> None:
         self.admitted = admitted
-        self.seq = seq
-        self.moved_s = now_s
-        self.stage = "gen"
-        self.calls = 0
-        """Of the last turn, still without a result."""
         self.oldest_version: int | None = None
-        self.sweeps = 0
         self.fresh = True
         """Nothing has been sampled yet."""
         self.woken_seq = seq
         """With barriers: the sequence at which its next stage was last woken."""
+        self.move(Place(), seq, now_s)
+
+    def move(self, place: Place, seq: int, now_s: float) -> None:
+        """It has a new event: whatever was late is forgiven."""
+        self.place = place
+        self.seq = seq
+        self.moved_s = self.due_since_s = now_s
+        """When it moved, and when it was last swept, or moved."""
+        self.sweeps = 0
+        self.queue_end: int | None = None
+        """How many messages its queue will have given out when all that lay there is taken."""
+
+    @property
+    def stage(self) -> str:
+        """Who acts next; see Place."""
+        return self.place.stage
 
 
 class Group:
@@ -124,7 +136,7 @@ class Dispatcher:
         """Take one event in; one that was taken in before changes nothing."""
         if isinstance(event, Admitted):
             self._admitted(event, seq, now_s)
-        elif isinstance(event, Turn | Result | Scored):
+        elif isinstance(event, Turn | Started | Result | Scored):
             self._moved(event, seq, now_s)
         elif isinstance(event, Evaluated | Expired | Failed | Dropped):
             self._end(event)
@@ -161,23 +173,17 @@ class Dispatcher:
         group = self.groups[name] = Group(first)
         return group
 
-    def _moved(self, event: Turn | Result | Scored, seq: int, now_s: float) -> None:
+    def _moved(self, event: Turn | Started | Result | Scored, seq: int, now_s: float) -> None:
         live = self.live.get(event.trajectory)
-        if live is None or seq <= live.seq:
+        if live is None or seq <= live.seq or live.stage == "scored":
             return
-        live.seq, live.moved_s, live.sweeps = seq, now_s, 0
+        live.move(live.place.after(event), seq, now_s)
         if isinstance(event, Turn):
             self._fresh -= live.fresh
             live.fresh = False
             if live.oldest_version is None:
                 live.oldest_version = event.tokens.oldest_version
-            live.calls = 0 if event.last else len(event.calls)
-            live.stage = "score" if event.last else "tool" if live.calls else "gen"
-        elif isinstance(event, Result):
-            live.calls -= 1
-            live.stage = "tool" if live.calls else "gen"
-        else:
-            live.stage = "scored"
+        elif isinstance(event, Scored):
             self._recent.append("")
 
     def _end(self, event: Evaluated | Expired | Failed | Dropped) -> None:
@@ -223,9 +229,9 @@ class Dispatcher:
         if self._recipe.asynchrony.barriers:
             decisions += self._release()
         if view.policy_version >= 0 and not self.paused:
-            decisions += self._evaluate(view.policy_version)
-            decisions += () if over else self._admit(view)
-            if over and not decisions and not self.live:
+            wanted = [*self._evaluate(view.policy_version), *(() if over else self._admit(view))]
+            decisions += () if view.shortage else wanted
+            if over and not (decisions or wanted) and not self.live:
                 decisions.append(Finish(Ended(replica=self._replica, reason="all steps done")))
         return decisions
 
@@ -236,9 +242,9 @@ class Dispatcher:
         return [*self._overdue(view), *self._stale(view), *self._missing()]
 
     def fail(self, letter: DeadLetter) -> list[Decision]:
-        """End a trajectory whose message was put aside, unless it has moved since."""
+        """End a trajectory whose message was put aside; nothing when it has moved since, or has ended."""
         live = self.live.get(letter.trajectory)
-        if live is None or live.seq != letter.seq:
+        if live is None or live.seq > letter.seq:
             return []
         cause = Cause(boundary=letter.boundary, code=letter.code, detail=letter.error)
         failed = Failed(trajectory=letter.trajectory, replica=self._replica, cause=cause)
@@ -253,20 +259,22 @@ class Dispatcher:
         return cause if cause and 2 * count > len(self._recent) else ""
 
     def _overdue(self, view: View) -> Iterator[Decision]:
-        deadlines = self._recipe.deadlines
-        limits = {"gen": deadlines.gen_s, "tool": deadlines.tool_s, "score": deadlines.score_s}
+        limits = stage_limits_s(self._recipe.deadlines)
+        sweeps = self._recipe.deadlines.sweeps
         for name, live in self.live.items():
             limit = limits.get(live.stage)
-            if limit is None or view.now_s - live.moved_s < limit:
+            if limit is None or view.now_s - live.due_since_s < limit:
                 continue
-            live.moved_s = view.now_s
-            if name in view.held or live.stage in view.backlog:
+            # one deadline more for a holder that lives: then another may take it, and the commit rule settles it
+            held_s = view.held.get(name)
+            if _in_line(live, view) if held_s is None else held_s < 2 * limit:
                 continue
+            live.due_since_s = view.now_s
             live.sweeps += 1
-            if live.sweeps <= deadlines.sweeps:
+            if live.sweeps <= sweeps:
                 yield Sweep(name)
             else:
-                detail = f"no event for {limit:g} s, {deadlines.sweeps} times"
+                detail = f"no event for {limit:g} s, {sweeps} times"
                 cause = Cause(boundary="deadline", code=live.stage, detail=detail)
                 failed = Failed(trajectory=name, replica=self._replica, cause=cause)
                 yield End([(failed, live.seq)])
@@ -367,6 +375,16 @@ class Dispatcher:
             replica=self._replica,
             seed=place_seed(self._recipe.seed, group, member, attempt),
         )
+
+
+def _in_line(live: Live, view: View) -> bool:
+    """Whether its message may still lie in its queue, behind others: then silence is waiting and not loss."""
+    queue = view.queues.get(live.place.queue)
+    if queue is None or not queue.waiting:
+        return False
+    if live.queue_end is None:
+        live.queue_end = queue.taken + queue.waiting
+    return queue.taken < live.queue_end
 
 
 def place_seed(seed: int, group: str, member: int, attempt: int) -> int:

@@ -8,17 +8,21 @@ from typing import Any
 
 import structlog
 
+from actors.cleaning import delete_orphaned_blobs
 from actors.data import evaluation_rows, training_rows
 from actors.decisions import Admit, Decision, End, Finish, Sweep, View, Wake
 from actors.dispatcher import Dispatcher
-from actors.fleet import Fleet
+from actors.fleet import HEARD_S, Fleet
 from actors.process import Process
+from actors.watchdog import Sight, Waiting, Watchdog
 from bus import policy, private, subjects
+from bus.dead import follow_dead
 from bus.errors import BusError, Conflict, Unavailable
 from bus.lease import Lease
-from bus.log import Stored, fold_stored, follow_dead
-from bus.work import backlog, publish_again, publish_work
-from schemas.events import Admitted, TrajectoryEvent
+from bus.log import Stored, fold_stored
+from bus.room import shortage
+from bus.work import Queue, backlog, publish_work
+from schemas.events import Admitted, Dropped, Expired, Failed, TrajectoryEvent
 from schemas.messages import DeadLetter
 from schemas.trajectory import Trajectory
 
@@ -35,6 +39,16 @@ class Dispatching:
     def __init__(self, process: Process) -> None:
         self._process = process
         self._fleet = Fleet()
+        self._policy_version = -1
+        self._queues: dict[str, Queue] = {}
+        self._shortage = ""
+        self._patrol_s = 0.0
+        self._appends = asyncio.Semaphore(_APPENDS_AT_ONCE)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Know nothing: all that the holder of the lease knows is folded from the log."""
+        process = self._process
         recipe, folder = process.recipe, process.recipe_dir
         self._dispatcher = Dispatcher(
             recipe,
@@ -42,23 +56,29 @@ class Dispatching:
             evaluation_rows(recipe.evaluation, recipe, folder),
             process.replica,
         )
-        self._policy_version = -1
-        self._backlog: frozenset[str] = frozenset()
-        self._patrol_s = 0.0
-        self._letters: asyncio.Queue[DeadLetter] = asyncio.Queue()
-        self._appends = asyncio.Semaphore(_APPENDS_AT_ONCE)
-        self._states: dict[str, Trajectory | None] = {}
+        self._watchdog = Watchdog(recipe)
+        self._letters: dict[str, DeadLetter] = {}
+        """By trajectory, until the log shows that it has ended or moved."""
+        self._states: dict[str, Trajectory] = {}
         """With barriers: what is to be woken, folded here so that a barrier costs no reading."""
+        process.vitals.stalls = []
+        process.vitals.phase = "standby"
 
     async def serve(self) -> None:
-        """Wait for the lease, then act until it is lost, the run ends or we are told to stop."""
+        """Wait for the lease and act; when it is lost, wait again, until the run ends or we are told to stop."""
         process = self._process
-        lease = Lease(process.bus, process.run, "dispatcher", process.replica)
         await self._fleet.hear(process.bus, process.run)
-        process.vitals.phase = "standby"
-        if not await self._unless_stopping(lease.acquire()):
-            return
-        process.vitals.phase = ""
+        lease = Lease(process.bus, process.run, "dispatcher", process.replica)
+        while await self._unless_stopping(lease.acquire()):
+            process.vitals.phase = ""
+            await self._hold(lease)
+            if self._dispatcher.ended or process.stopping.is_set():
+                return
+            log.warning("lease lost")
+            self._forget()
+
+    async def _hold(self, lease: Lease) -> None:
+        """Act until the lease is lost, the run ends or we are told to stop."""
         tasks = [
             asyncio.ensure_future(each)
             for each in (
@@ -66,7 +86,9 @@ class Dispatching:
                 self._act(),
                 self._follow_policy(),
                 self._follow_dead(),
-                process.stopping.wait(),
+                self._watch_room(),
+                delete_orphaned_blobs(self._process.bus),
+                self._process.stopping.wait(),
             )
         ]
         done, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -92,11 +114,22 @@ class Dispatching:
 
     async def _follow_dead(self) -> None:
         async for letters in follow_dead(self._process.bus, self._process.run):
-            for letter in letters:
-                self._letters.put_nowait(letter)
+            self._letters |= {letter.trajectory: letter for letter in letters}
+
+    async def _watch_room(self) -> None:
+        """Look whether there is room for what may be admitted; on a task of its own, since a full log holds us up."""
+        while True:
+            await asyncio.sleep(_PATROL_S)
+            await self._look_for_room()
+
+    async def _look_for_room(self) -> None:
+        with contextlib.suppress(Unavailable):
+            self._shortage = await shortage(self._process.bus)
+            self._say_how_it_goes()
 
     async def _act(self) -> None:
         """Fold what comes; at the end of what is stored, decide."""
+        await self._look_for_room()
         run = self._process.run
         barriers = self._process.recipe.asynchrony.barriers
         # the learner's events free slots; with barriers every event may be the last that all wait for
@@ -113,31 +146,62 @@ class Dispatching:
 
     async def _decisions(self, now_s: float) -> list[Decision]:
         decisions: list[Decision] = []
-        if now_s - self._patrol_s >= _PATROL_S:
+        # after an outage the replicas need a moment to be heard again
+        if now_s - self._patrol_s >= _PATROL_S and self._fleet.flows_s(now_s) > HEARD_S:
             self._patrol_s = now_s
             with contextlib.suppress(Unavailable):
-                self._backlog = await backlog(
+                self._queues = await backlog(
                     self._process.bus, self._process.run, self._process.recipe.tools.names
                 )
             decisions += self._dispatcher.patrol(self._view(now_s))
             self._say_how_it_goes()
-        while not self._letters.empty():
-            decisions += self._dispatcher.fail(self._letters.get_nowait())
+            self._watch(now_s)
+        for name, letter in list(self._letters.items()):
+            ends = self._dispatcher.fail(letter)
+            decisions += ends
+            if not ends:
+                del self._letters[name]
         return [*decisions, *self._dispatcher.decide(self._view(now_s))]
 
     def _view(self, now_s: float) -> View:
         alive = self._fleet.alive()
+        held: dict[str, float] = {}
+        for beat in alive:
+            for each in beat.held:
+                held[each.trajectory] = min(each.for_s, held.get(each.trajectory, each.for_s))
         return View(
             now_s=now_s,
             policy_version=self._policy_version,
             generators=sum(beat.role == "generator" for beat in alive),
-            held=frozenset(held.trajectory for beat in alive for held in beat.held),
-            backlog=self._backlog,
+            held=held,
+            queues=self._queues,
+            shortage=self._shortage,
         )
+
+    def _watch(self, now_s: float) -> None:
+        """Tell of what stands still: in our heartbeat for as long as it does, in our log when it begins and ends."""
+        live = {
+            name: Waiting(
+                each.stage, each.place.queue, each.moved_s, each.admitted.purpose == "train"
+            )
+            for name, each in self._dispatcher.live.items()
+        }
+        heard = self._fleet.heard(now_s)
+        sight = Sight(now_s, live, heard, self._queues, self._policy_version)
+        changes = self._watchdog.look(sight)
+        self._process.vitals.stalls = changes.stalls
+        for stall in changes.begun:
+            log.warning("stall begins", stall=stall.kind, subject=stall.subject, what=str(stall))
+        for stall in changes.ended:
+            log.info("stall is over", stall=stall.kind, subject=stall.subject, what=str(stall))
 
     def _say_how_it_goes(self) -> None:
         cause = self._dispatcher.failing_cause
         phase = f"admission backs off: most trajectories fail with {cause}" if cause else ""
+        if self._shortage:
+            phase = (
+                f"admission stops: {self._shortage}; `actors archive` of a closed run makes room"
+            )
         if self._dispatcher.paused:
             phase = "paused"
         if phase != self._process.vitals.phase:
@@ -149,9 +213,9 @@ class Dispatching:
         self._dispatcher.observe(stored.event, stored.seq, now_s)
         event = stored.event
         if self._process.recipe.asynchrony.barriers and isinstance(event, TrajectoryEvent):
-            self._states[event.trajectory] = fold_stored(self._states.get(event.trajectory), stored)
-        elif not self._dispatcher.live:
-            self._states.clear()
+            state = fold_stored(self._states.pop(event.trajectory, None), stored)
+            if state is not None and state.next_hop is not None:
+                self._states[event.trajectory] = state
 
     async def _carry_out(self, decisions: Iterable[Decision]) -> None:
         async with asyncio.TaskGroup() as group:
@@ -194,11 +258,25 @@ class Dispatching:
     async def _end(self, decision: End) -> None:
         async with self._appends:
             for event, after in decision.events:
-                try:
-                    seq = await self._process.log.append(event, after)
-                except Conflict:
+                seq = await self._append_end(event, after)
+                if seq is None:
                     return  # it has moved: decided anew when the log shows how
                 self._dispatcher.observe(event, seq, time.monotonic())
+
+    async def _append_end(self, event: Expired | Failed | Dropped, after: int) -> int | None:
+        """Append the end of a trajectory whose last event is at `after`, also behind junk; None when it has moved."""
+        run_log = self._process.log
+        with contextlib.suppress(Conflict):
+            return await run_log.append(event, after)
+        state = await run_log.trajectory(event.trajectory)  # its sequence counts junk
+        valid: Trajectory | None = None
+        async for stored in run_log.read(subjects.trajectory(run_log.run, event.trajectory)):
+            valid = fold_stored(valid, stored)
+        if state is None or valid is None or valid.seq != after:
+            return None
+        with contextlib.suppress(Conflict):
+            return await run_log.append(event, state.seq)
+        return None
 
     async def _wake(self, trajectory: str) -> None:
         state = self._states.get(trajectory)
@@ -209,4 +287,4 @@ class Dispatching:
         state = await self._process.log.trajectory(trajectory)
         if state is not None:
             log.warning("swept", trajectory=trajectory, stage=state.next_hop)
-            await publish_again(self._process.bus, self._process.run, state)
+            await publish_work(self._process.bus, self._process.run, state, again=True)

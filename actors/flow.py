@@ -23,5 +23,5 @@ _PICTURE = """\
   replaces, sweeps)   └──────┼─────gen──────┘            │
                              └──score──► scorer          │
       every hop appends its event to the LOG             │
-      ════════════════════════════════════════► learner ─┘   recorder, dashboards, anyone
+      ════════════════════════════════════════► learner ─┘   recorder ──► archive, dashboards, anyone
 """

@@ -18,9 +18,10 @@ from engines.engine import Engine, Sample, SampleRequest
 from engines.errors import EngineError
 from schemas.events import Admitted, Event, Turn
 from schemas.recipe import Recipe
+from schemas.task import PublicPart
 from schemas.tokens import Tokens
 from schemas.trajectory import Trajectory
-from tools.formats import CallFormat
+from tools.formats import CallFormat, with_functions
 
 _WEIGHTS_WAIT_S = 60.0
 
@@ -113,6 +114,7 @@ class Generator:
         self, recipe: Recipe, policies: Policies, chat: Chat, formats: CallFormat, replica: str
     ) -> None:
         self._policy = recipe.policy
+        self._tools = recipe.tools
         self._policies = policies
         self._chat = chat
         self._format = formats
@@ -134,7 +136,7 @@ class Generator:
             ids=prepared.ids,
             max_tokens=prepared.max_tokens,
             temperature=state.admitted.temperature,
-            stop=self._format.stop,
+            stop=self._stop(state.admitted),
             seed=turn_seed(state.admitted.seed, len(state.turns)),
             cache_key=state.id,
         )
@@ -159,10 +161,23 @@ class Generator:
         room = min(policy.max_turn_tokens - begun, policy.max_tokens - len(ids))
         return Prepared(ids, given, room)
 
+    def _stop(self, admitted: Admitted) -> tuple[str, ...]:
+        granted = self._format.granting(admitted.public.tools)
+        return granted.stop if self._tools.stop_after_call else ()
+
+    def _prompt_ids(self, public: PublicPart) -> list[int]:
+        """The task's messages, with the functions that it may call where the recipe shows them."""
+        granted = self._format.granting(public.tools)
+        if self._tools.format == "template" or self._tools.show == "template":
+            return self._chat.prompt_ids(public.messages, granted.schemas)
+        if self._tools.show == "system":
+            return self._chat.prompt_ids(with_functions(public.messages, granted))
+        return self._chat.prompt_ids(public.messages)
+
     def _given(self, state: Trajectory) -> list[int]:
         """The tokens that the policy is given before it goes on."""
         if not state.turns:
-            return self._chat.prompt_ids(state.admitted.public.messages)
+            return self._prompt_ids(state.admitted.public)
         last = state.turns[-1]
         if last.finish_reason == "partial":
             return []
@@ -183,8 +198,9 @@ class Generator:
         )
         if sample.finish_reason == "partial":
             return turn
-        whole = "".join(piece.text for piece in state.open_pieces()) + text
-        parsed = self._format.parse(whole)
+        begun = [id_ for piece in state.open_pieces() for id_ in piece.tokens.sampled_ids]
+        whole = self._chat.decode([*begun, *sample.ids], special=True)
+        parsed = self._format.granting(state.admitted.public.tools).parse(whole)
         limit = sample.finish_reason == "length" or state.turn_count + 1 >= self._policy.max_turns
         return Turn(
             trajectory=state.id,
@@ -194,7 +210,7 @@ class Generator:
             calls=parsed.calls,
             feedback=parsed.feedback,
             finish_reason=sample.finish_reason,
-            last=limit or not (parsed.calls or parsed.feedback),
+            last=limit or parsed.ends or not (parsed.calls or parsed.feedback),
         )
 
     async def drain(self) -> None:

@@ -14,10 +14,21 @@ from bus import subjects
 from bus.codec import encode
 from bus.connection import Endpoint, connect
 from bus.errors import BusError
-from schemas.messages import Heartbeat, Held, RoleName
+from schemas.messages import Heartbeat, Held, RoleName, Stall
 
 PERIOD_S = 1.0
 _HELD_SHOWN = 512
+_STALLS_SHOWN = 20
+
+STARTING = frozenset({"starting", "loading the model", "testing the sandbox"})
+"""Phases in which libraries and models are loaded, which may block everything for a while."""
+
+
+def replica_name(role: RoleName, pid: int) -> str:
+    """`<role>-<host>-<pid>`, for a process of this machine."""
+    # a token of a subject: a host name may have dots
+    host = "".join(c if c.isalnum() or c in "-_" else "_" for c in platform.node())
+    return f"{role}-{host}-{pid}"
 
 
 @dataclass
@@ -29,8 +40,10 @@ class Vitals:
     replica: str
     phase: str = "starting"
     policy_version: int = -1
-    held: dict[str, tuple[str, float]] = field(default_factory=dict)
-    """Trajectory → stage, and since when (monotonic seconds)."""
+    held: dict[tuple[str, int], tuple[str, float]] = field(default_factory=dict)
+    """Trajectory and its log sequence → stage, and since when (monotonic seconds; infinity: its turn is yet to come)."""
+    stalls: list[Stall] = field(default_factory=list)
+    """What it sees stand still, longest first."""
     started_s: float = field(default_factory=time.monotonic)
     loop_ran_s: float = field(default_factory=time.monotonic)
     """When the event loop last ran."""
@@ -49,12 +62,13 @@ class Vitals:
             phase=self.phase,
             policy_version=self.policy_version,
             held=[
-                Held(trajectory=name, stage=stage, for_s=now - since)
-                for name, (stage, since) in held[:_HELD_SHOWN]
+                Held(trajectory=name, stage=stage, for_s=max(0.0, now - since))
+                for (name, _), (stage, since) in held[:_HELD_SHOWN]
             ],
             held_count=len(held),
             loop_lag_s=max(0.0, now - self.loop_ran_s),
             rss_bytes=psutil.Process().memory_info().rss,
+            stalls=self.stalls[:_STALLS_SHOWN],
         )
 
 

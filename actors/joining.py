@@ -14,7 +14,7 @@ from actors.fleet import HEARD_S, Fleet
 from actors.process import opened
 from actors.run_folder import RUNS, RunFolder, find_live
 from actors.supervisor import Supervisor
-from actors.views import alive_table, event_json, event_line, trajectory_text
+from actors.views import alive_table, event_json, event_line, stall_lines, trajectory_text
 from bus import subjects
 from bus.connection import Bus, Endpoint, connect
 from bus.embedded import EmbeddedServer
@@ -40,7 +40,7 @@ def _where(run: str | None, nats_url: str) -> tuple[str, Endpoint]:
 
 
 @asynccontextmanager
-async def _reach(run: str | None, nats_url: str) -> AsyncIterator[tuple[Bus, Log]]:
+async def reach(run: str | None, nats_url: str) -> AsyncIterator[tuple[Bus, Log]]:
     """A run's log, live or at rest: for one at rest its server is started on its store for as long."""
     at_rest = run is not None and not nats_url and not RunFolder(run).live()
     if at_rest and (store := RunFolder(run or "").nats).is_dir():
@@ -74,13 +74,14 @@ async def add_replicas(role: RoleName, replicas: int, run: str | None, nats_url:
         gone = asyncio.Event()
         if home is not None:
             _watch_process(home.supervisor_pid, gone)
-        supervisor = Supervisor(name, endpoint, folder.logs, event.recipe.deadlines.drain_s)
+        supervisor = Supervisor(name, endpoint, folder.logs, event.recipe)
         click.echo(f"{role} x{replicas} joins run {name}; Ctrl-C drains and leaves")
         waits = [
             asyncio.ensure_future(each)
             for each in (
                 gone.wait(),
                 supervisor.keep(role, replicas),
+                supervisor.watch(bus),
                 stop.wait(),
                 _until_over(log),
                 bus.closed.wait(),
@@ -132,12 +133,15 @@ async def show_alive(run: str | None, nats_url: str) -> None:
         fleet = Fleet()
         await fleet.hear(bus, name)
         await asyncio.sleep(HEARD_S / 2)
-        click.echo(alive_table(name, endpoint.url, fleet.alive()))
+        beats = fleet.alive()
+        click.echo(alive_table(name, endpoint.url, beats))
+        for line in stall_lines(beats):
+            click.echo(line)
 
 
 async def follow(run: str | None, nats_url: str, *, from_start: bool, as_json: bool) -> None:
     """Print events as they come, until the run ends or the reader has had enough."""
-    async with _reach(run, nats_url) as (_, log):
+    async with reach(run, nats_url) as (_, log):
         after = 0 if from_start else await log.last_seq()
         render = event_json if as_json else event_line
         live = RunFolder(log.run).live() is not None or bool(nats_url)
@@ -159,7 +163,7 @@ async def show_trajectory(trajectory: str, run: str | None, nats_url: str) -> No
         TrajectoryId.parse(trajectory)
     except ValueError as error:
         raise UserError(f"{error}; `actors tail` shows ids") from error
-    async with _reach(run, nats_url) as (_, log):
+    async with reach(run, nats_url) as (_, log):
         state = await log.trajectory(trajectory)
         if state is None:
             raise UserError(f"run {log.run} has no trajectory {trajectory} (runs are in {RUNS}/)")

@@ -7,11 +7,11 @@ A batch closes at `groups_per_step` groups with signal, or at `refill_limit` tim
 least one. What was trained or filtered is what the write-ahead log says; there is no second ledger.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from learner.groups import zero_variance
+from learner.groups import refusal, zero_variance
 from schemas.events import (
     Admitted,
     AnyEvent,
@@ -26,6 +26,9 @@ from schemas.events import (
 )
 from schemas.recipe import Recipe
 from schemas.trajectory import Trajectory, TrajectoryId, fold
+
+NAME = "main"
+"""The name in the log of the learner whose steps make the run's versions."""
 
 
 class Batch(NamedTuple):
@@ -141,7 +144,7 @@ class Planner:
 
     def _filter(self, event: Filtered) -> None:
         members = self._take(event.group)
-        self._filtered[event.group] = members if event.reason == "zero_variance" else []
+        self._filtered[event.group] = [] if event.reason == "stale" else members
 
     def _begin(self, event: Step) -> None:
         names = list(dict.fromkeys(TrajectoryId.parse(t).group for t in event.trajectories))
@@ -170,11 +173,12 @@ class Planner:
             if name in self._checked:
                 continue
             members = [self.trajectories[member] for member in self._scored[name].values()]
-            reason: Literal["stale", "zero_variance"] | None = None
+            reason: Literal["stale", "zero_variance", "range"] | None
             if oldest_version(members) < oldest_allowed:
                 reason = "stale"
-            elif zero_variance([member.reward or 0.0 for member in members]):
-                reason = "zero_variance"
+            else:
+                rewards = [member.reward or 0.0 for member in members]
+                reason = refusal(rewards, self._recipe.learner.filter)
             if reason is None:
                 self._checked.add(name)
             else:
@@ -238,6 +242,14 @@ def step_rewards(batch: Batch) -> list[float]:
     return [member.reward or 0.0 for member in (*members, *batch.filtered)]
 
 
+def _without_variance(members: Iterable[Trajectory]) -> int:
+    """How many of them are of groups whose rewards are all equal."""
+    rewards: defaultdict[str, list[float]] = defaultdict(list)
+    for member in members:
+        rewards[member.group].append(member.reward or 0.0)
+    return sum(len(found) for found in rewards.values() if zero_variance(found))
+
+
 def step_metrics(batch: Batch) -> dict[str, float]:
     """What a step's row says of its trajectories, filtered groups included."""
     trained = [member for group in batch.groups for member in group]
@@ -254,7 +266,8 @@ def step_metrics(batch: Batch) -> dict[str, float]:
         "trained_trajectories": len(trained),
         "tool_call_rate": sum(any(t.calls for t in member.turns) for member in members) / count,
         "truncated_fraction": sum(m.turns[-1].finish_reason == "length" for m in members) / count,
-        "zero_variance_fraction": len(batch.filtered) / count,
+        "zero_variance_fraction": _without_variance(batch.filtered) / count,
+        "filtered_fraction": len(batch.filtered) / count,
         "staleness_mean": sum(ages) / len(ages),
         "staleness_max": max(ages),
     }

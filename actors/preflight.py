@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from actors.data import find_file, load_function
 from actors.errors import RecipeError
 from schemas.recipe import Recipe
@@ -25,6 +27,24 @@ def check_names(recipe: Recipe, recipe_dir: str) -> None:
     _check_model(recipe.policy.model, recipe_dir)
 
 
+async def resolve_tools(recipe: Recipe, recipe_dir: str) -> Recipe:
+    """The recipe with what its tools ask once for the whole run. Raises RecipeError."""
+    from tools.errors import ToolError
+    from tools.registry import load_tools, resolve_options
+    from tools.tool import Place
+
+    options = recipe.tools.options
+    try:
+        tools = load_tools(recipe.tools.use, recipe_dir, options)
+        found = await resolve_options(tools, Place(recipe_dir=recipe_dir))
+    except ToolError as error:
+        raise RecipeError("recipe", "tools.options", error.detail) from error
+    if not found:
+        return recipe
+    merged = {name: options.get(name, {}) | found.get(name, {}) for name in {**options, **found}}
+    return replace(recipe, tools=replace(recipe.tools, options=merged))
+
+
 def _check_tools(recipe: Recipe, recipe_dir: str) -> None:
     from rewards.errors import RewardError
     from rewards.registry import load_reward
@@ -34,9 +54,10 @@ def _check_tools(recipe: Recipe, recipe_dir: str) -> None:
 
     key = "tools.use"
     try:
-        tools = load_tools(recipe.tools.use, recipe_dir)
+        tools = load_tools(recipe.tools.use, recipe_dir, recipe.tools.options)
         key = "tools.tags"
-        open_format(recipe.tools.format, tools, recipe.tools.tags)
+        name = recipe.tools.format
+        open_format("hermes" if name == "template" else name, tools, recipe.tools.tags)
         key = "scorer.reward"
         load_reward(recipe.scorer.reward, recipe_dir)
     except (ToolError, RewardError) as error:

@@ -3,11 +3,17 @@
 A hop: take the wake-up → handle → append the event, only if the trajectory has not moved → wake the next stage →
 acknowledge. Killed anywhere in it, the wake-up comes again and finds the log as it is: before the append the hop is
 taken again, after it the next stage is woken again. The loser of a race reads the winner and does the same.
+
+What may fail, and where it is named: the handler (its boundary, by HopFailed), the bus within it or around it
+(`bus`), a message that is none (`bus.bad_message`), a hop whose holders die again and again
+(`<boundary>.holder_died`). Each ends as a dead letter, from which the dispatcher makes the trajectory's one `failed`;
+silence is the dispatcher's to see.
 """
 
 import asyncio
+import math
 import os
-import platform
+import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -16,13 +22,14 @@ from dataclasses import dataclass
 import structlog
 
 from actors.actor import Actor, HopFailed
-from actors.heartbeat import HeartbeatThread, Vitals
+from actors.heartbeat import HeartbeatThread, Vitals, replica_name
 from bus import subjects
-from bus.connection import Bus, Endpoint, connect
-from bus.errors import BadMessage, BusError, Conflict, Missing
+from bus.connection import Bus, Endpoint, connect, wait
+from bus.dead import publish_dead
+from bus.errors import BadMessage, BusError, Conflict, Full, Missing
 from bus.log import Log, open_log
 from bus.subjects import Stage
-from bus.work import Delivery, WorkQueue, open_queue, publish_dead, publish_work
+from bus.work import Delivery, WorkQueue, open_queue, publish_work
 from schemas.events import Boundary, Opened
 from schemas.messages import DeadLetter, RoleName, Work
 from schemas.recipe import Recipe
@@ -31,7 +38,12 @@ from schemas.trajectory import Trajectory, fold
 log = structlog.get_logger()
 
 _RETRY_DELAY_S = 0.5
+_HELD_HERE_DELAY_S = 10.0
 _LAG_PERIOD_S = 0.25
+_SUSPECT_DELIVERIES = 3
+"""From so many on a hop is taken by itself among its like: one of them may be what kills its holders."""
+_MAX_DELIVERIES = 10
+"""Beyond it a hop is taken for one that kills its holders. Kills from outside do not strike one hop so often."""
 _BOUNDARY: dict[Stage, Boundary] = {"gen": "engine", "tool": "tool", "score": "scorer"}
 
 
@@ -72,11 +84,11 @@ async def join(
     endpoint: Endpoint, run: str, role: RoleName, stopping: asyncio.Event
 ) -> AsyncIterator[Process]:
     """Connect, read the run's recipe and give signs of life for as long as the block runs."""
-    # a token of a subject: a host name may have dots
-    host = "".join(c if c.isalnum() or c in "-_" else "_" for c in platform.node())
-    vitals = Vitals(run=run, role=role, replica=f"{role}-{host}-{os.getpid()}")
+    vitals = Vitals(run=run, role=role, replica=replica_name(role, os.getpid()))
     async with AsyncExitStack() as stack:
         bus = await stack.enter_async_context(connect(endpoint, vitals.replica))
+        # the others would lose a hop, a step; what the dispatcher does not get done it decides anew
+        bus.waits_when_full = role != "dispatcher"
         run_log = await stack.enter_async_context(open_log(bus, run))
         event = await opened(run_log)
         if event is None:
@@ -109,6 +121,7 @@ class Hops:
     def __init__(self, process: Process, actor: Actor) -> None:
         self._process = process
         self._actor = actor
+        self._suspects = asyncio.Lock()
 
     async def serve(self, tools: Sequence[str], slots: int) -> None:
         """Take hops until the process is stopping; then finish or hand back what is held."""
@@ -142,31 +155,40 @@ class Hops:
 
     async def _take(self, queue: WorkQueue) -> None:
         while True:
-            delivery = await queue.take()
-            try:
-                await self._hop(delivery)
-            except BusError as error:
-                # the log or a queue did not confirm: the wake-up comes again and finds what was stored
-                log.warning("hop not confirmed", error=str(error))
-                await delivery.give_back(_RETRY_DELAY_S)
+            await self._finish(await queue.take())
 
-    async def _hop(self, delivery: Delivery) -> None:
+    async def _finish(self, delivery: Delivery) -> None:
+        """Take the hop until the log and the queues confirm it; what a server that is there refuses has failed.
+
+        It stays here meanwhile: given back, it would come again at once, and count as one more holder that died.
+        """
+        process = self._process
+        again, refusals = False, 0
+        while not process.stopping.is_set():
+            try:
+                if refusals < process.recipe.deadlines.handler_failures:
+                    await self._hop(delivery, again=again)
+                else:
+                    why = f"not confirmed {refusals} times"
+                    await self._put_aside(delivery, HopFailed("bus", "unconfirmed", why))
+                return
+            except BusError as error:
+                log.warning("hop not confirmed", error=str(error))
+                again = True
+                away = isinstance(error, Full) or not process.bus.client.is_connected
+                refusals = 0 if away else refusals + 1
+            await wait(process.stopping, _RETRY_DELAY_S)
+        await delivery.give_back()
+
+    async def _hop(self, delivery: Delivery, *, again: bool) -> None:
         process = self._process
         try:
             work = delivery.work()
         except BadMessage as error:
-            letter = DeadLetter(
-                stage=self._actor.stage,
-                run=process.run,
-                error=str(error),
-                payload=delivery.payload,
-                replica=process.replica,
-            )
-            await publish_dead(process.bus, letter)
-            await delivery.done()
+            await self._put_aside(delivery, HopFailed("bus", "bad_message", str(error)))
             return
         state = work.state
-        if state is None or delivery.redelivered:
+        if state is None or again or delivery.redelivered or work.failures:
             state = await process.log.trajectory(work.trajectory)
         if state is None or state.seq != work.seq:
             await self._moved_on(state, delivery)
@@ -174,19 +196,46 @@ class Hops:
         hop = state.next_hop
         if hop is None or hop.stage != self._actor.stage:
             await delivery.done()
-            return
-        process.vitals.held[state.id] = (self._actor.stage, time.monotonic())
-        try:
+        elif (state.id, state.seq) in process.vitals.held:
+            # a sweep, or delivered again after a stall: it is worked on here, or this replica will be killed for it
+            if delivery.redelivered:
+                await delivery.give_back(_HELD_HERE_DELAY_S)
+            else:
+                await delivery.done()
+        else:
+            # by sequence: the next hop of this trajectory may be ours too, and come before this one is let go
+            process.vitals.held[state.id, state.seq] = (self._actor.stage, math.inf)
+            try:
+                await self._suspected(state, work, delivery)
+            finally:
+                del process.vitals.held[state.id, state.seq]
+
+    async def _suspected(self, state: Trajectory, work: Work, delivery: Delivery) -> None:
+        """A hop that came again and again may be what kills its holders: then no other suspect dies with it."""
+        if delivery.deliveries > _MAX_DELIVERIES:
+            why = f"given out {delivery.deliveries - 1} times, and its holder died, hung or gave it back each time"
+            died = HopFailed(_BOUNDARY[self._actor.stage], "holder_died", why)
+            await self._put_aside(delivery, died, state)
+        elif delivery.deliveries >= _SUSPECT_DELIVERIES:
+            await asyncio.sleep(
+                random.random()
+            )  # in any order, lest the same one be first each time
+            async with self._suspects:
+                await self._advance(state, work, delivery)
+        else:
             await self._advance(state, work, delivery)
-        finally:
-            process.vitals.held.pop(state.id, None)
 
     async def _advance(self, state: Trajectory, work: Work, delivery: Delivery) -> None:
         process = self._process
+        process.vitals.held[state.id, state.seq] = (self._actor.stage, time.monotonic())
         try:
             event = await self._actor.handle(state)
         except HopFailed as error:
             await self._failed(state, work, delivery, error)
+            return
+        except BusError as error:
+            code = type(error).__name__.lower()
+            await self._failed(state, work, delivery, HopFailed("bus", code, str(error)))
             return
         except Exception as error:
             # fails its own trajectory, with its name, and never the run
@@ -221,16 +270,35 @@ class Hops:
             await asyncio.sleep(_RETRY_DELAY_S * failures)
             await publish_work(process.bus, process.run, state, failures=failures)
         else:
-            letter = DeadLetter(
-                stage=self._actor.stage,
-                run=process.run,
-                error=error.detail,
-                payload=delivery.payload,
-                trajectory=state.id,
-                seq=state.seq,
-                boundary=error.boundary,
-                code=error.code,
-                replica=process.replica,
-            )
-            await publish_dead(process.bus, letter)
+            await self._put_aside(delivery, error, state)
+            return
         await delivery.done()
+
+    async def _put_aside(
+        self, delivery: Delivery, error: HopFailed, state: Trajectory | None = None
+    ) -> None:
+        """A dead letter instead of the message; the dispatcher ends the trajectory if it has not moved."""
+        process = self._process
+        name, seq = (state.id, state.seq) if state else _about(delivery)
+        letter = DeadLetter(
+            stage=self._actor.stage,
+            run=process.run,
+            error=error.detail,
+            payload=delivery.payload,
+            trajectory=name,
+            seq=seq,
+            boundary=error.boundary,
+            code=error.code,
+            replica=process.replica,
+        )
+        await publish_dead(process.bus, letter)
+        await delivery.done()
+
+
+def _about(delivery: Delivery) -> tuple[str, int]:
+    """The trajectory and sequence that a message names; nothing for one that cannot be read."""
+    try:
+        work = delivery.work()
+    except BadMessage:
+        return "", 0
+    return work.trajectory, work.seq

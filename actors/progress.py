@@ -5,33 +5,39 @@ from collections import Counter
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
+from actors.place import Place
 from actors.report import evaluated_version
+from actors.watchdog import Key, known_stalls, without_dispatcher
 from bus.log import Stored
 from schemas.events import (
-    Admitted,
+    TERMINAL,
+    AnyTrajectoryEvent,
+    Dropped,
     Ended,
     Evaluated,
     Event,
+    Expired,
     Failed,
     Filtered,
     Paused,
-    Result,
     Resumed,
-    Scored,
     Step,
     Stepped,
-    TrajectoryEvent,
     Turn,
     Warmed,
 )
-from schemas.messages import Heartbeat
+from schemas.messages import Heartbeat, Stall
 from schemas.recipe import Recipe
 
 _REFRESHES_PER_S = 4
 _STAGES = ("gen", "tool", "score", "scored")
 _RATE_S = 5.0
+_ALONE_S = 8.0
+"""A run may be without an acting dispatcher for so long, while it starts or another takes over."""
+_STALLS_SHOWN = 5
 _NOTES: dict[type[Event], str] = {
     Paused: "paused: `actors resume` goes on",
     Resumed: "training",
@@ -46,8 +52,7 @@ class Progress:
         self._run = run
         self._recipe = recipe
         self._console = console
-        self._stage: dict[str, str] = {}
-        self._calls: Counter[str] = Counter()
+        self._place: dict[str, Place] = {}
         self._failed: Counter[str] = Counter()
         self._evaluated: Counter[int] = Counter()
         self._evaluated_sum: Counter[int] = Counter()
@@ -56,6 +61,9 @@ class Progress:
         self._note = "starting"
         self._row: dict[str, float] = {}
         self.fleet: list[Heartbeat] = []
+        self._stalls: dict[Key, Stall] = {}
+        self._alone_s = 0.0
+        """Since when no dispatcher acts; 0 while one does."""
         self._begun_s = time.monotonic()
         self._live = Live(
             console=console, refresh_per_second=_REFRESHES_PER_S, get_renderable=self._table
@@ -73,11 +81,11 @@ class Progress:
     def observe(self, stored: Stored, *, live: bool) -> None:
         """Take one event in; `live` ones are also told, where there is no terminal to show them."""
         event = stored.event
-        if isinstance(event, TrajectoryEvent):
+        if isinstance(event, AnyTrajectoryEvent):
             self._move(event, stored.time_s)
         elif isinstance(event, Step | Filtered):
             for trajectory in event.trajectories:
-                self._stage.pop(trajectory, None)
+                self._place.pop(trajectory, None)
         elif isinstance(event, Stepped):
             self._row = event.metrics
             self._note = "training"
@@ -92,29 +100,42 @@ class Progress:
         else:
             self._note = _NOTES.get(type(event), self._note)
 
-    def _move(self, event: TrajectoryEvent, time_s: float) -> None:
+    def _move(self, event: AnyTrajectoryEvent, time_s: float) -> None:
         name = event.trajectory
-        if isinstance(event, Admitted):
-            self._stage[name] = "gen"
-        elif isinstance(event, Turn):
+        if isinstance(event, TERMINAL):
+            self._place.pop(name, None)
+            self._count(event)
+            return
+        self._place[name] = self._place.get(name, Place()).after(event)
+        if isinstance(event, Turn):
             self._sampled.append((time_s, event.tokens.sampled_count))
-            self._calls[name] = 0 if event.last else len(event.calls)
-            self._stage[name] = "score" if event.last else "tool" if event.calls else "gen"
-        elif isinstance(event, Result):
-            self._calls[name] -= 1
-            self._stage[name] = "tool" if self._calls[name] > 0 else "gen"
-        elif isinstance(event, Scored):
-            self._calls.pop(name, None)
-            self._stage[name] = "scored"
+
+    def _count(self, event: Evaluated | Expired | Failed | Dropped) -> None:
+        if isinstance(event, Failed):
+            self._failed[str(event.cause)] += 1
+        elif isinstance(event, Evaluated):
+            version = evaluated_version(event.trajectory)
+            self._evaluated[version] += 1
+            self._evaluated_sum[version] += event.reward  # type: ignore[assignment]
+
+    def see(self, beats: list[Heartbeat], now_s: float) -> None:
+        """Who is alive, and what they say stands still; where there is no terminal each stall is told once."""
+        self.fleet = beats
+        stalls = known_stalls(beats)
+        if why := without_dispatcher(beats):
+            self._alone_s = self._alone_s or now_s
+            if now_s - self._alone_s > _ALONE_S:
+                stall = Stall(
+                    kind="dispatcher", subject="", detail=why, for_s=now_s - self._alone_s
+                )
+                stalls[("dispatcher", "")] = stall
         else:
-            self._calls.pop(name, None)
-            self._stage.pop(name, None)
-            if isinstance(event, Failed):
-                self._failed[str(event.cause)] += 1
-            elif isinstance(event, Evaluated):
-                version = evaluated_version(name)
-                self._evaluated[version] += 1
-                self._evaluated_sum[version] += event.reward  # type: ignore[assignment]
+            self._alone_s = 0.0
+        for key in stalls.keys() - self._stalls.keys():
+            self._say(f"stall: {stalls[key]}")
+        for key in self._stalls.keys() - stalls.keys():
+            self._say(f"over: {self._stalls[key]}")
+        self._stalls = stalls
 
     def _tokens_per_s(self) -> float:
         if not self._sampled:
@@ -135,7 +156,7 @@ class Progress:
                 f"staleness {row['staleness_mean']:.1f}   tool calls {row['tool_call_rate']:.0%}   "
                 f"{row['step_s']:.1f} s",
             )
-        stages = Counter(self._stage.values())
+        stages = Counter(place.stage for place in self._place.values())
         flight = "   ".join(f"{stage} {stages[stage]}" for stage in _STAGES)
         table.add_row("in flight", f"{flight}   sampling {self._tokens_per_s():.0f} tokens/s")
         for version in sorted(self._evaluated):
@@ -149,6 +170,8 @@ class Progress:
             table.add_row("alive", f"{roles}   policy versions {versions}")
         for cause, count in self._failed.items():
             table.add_row("failed", f"[red]{cause} x{count}[/red]")
+        for stall in list(self._stalls.values())[:_STALLS_SHOWN]:
+            table.add_row("stall", f"[red]{escape(str(stall))}[/red]")
         for beat in self.fleet:
             if beat.phase and beat.role in ("dispatcher", "learner"):
                 table.add_row(beat.role, beat.phase)

@@ -4,14 +4,15 @@ import difflib
 import math
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from actors.errors import RecipeError
-from schemas.recipe import Recipe
+from learner.combination import contradictions, formula
+from schemas.recipe import Recipe, Tools
 
 _UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`(?: - at `\$\.?([^`]*)`)?")
 _AT = re.compile(r"(.*?) - at `\$\.?([^`]*)`$")
@@ -30,6 +31,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = _convert(tables, str(path))
     _check(recipe, str(path))
     return recipe if recipe.name else msgspec.structs.replace(recipe, name=path.stem)
+
+
+def tools_without_recipe(overrides: Sequence[str] = ()) -> Tools:
+    """The defaults of the `tools` table with `tools.key=value` overrides. Raises RecipeError."""
+    tables: dict[str, Any] = {"policy": {"model": ""}}
+    for override in overrides:
+        _override(tables, override)
+    return _convert(tables, "--set").tools
 
 
 def _override(tables: dict[str, Any], override: str) -> None:
@@ -65,9 +74,9 @@ def _convert(tables: dict[str, Any], where: str) -> Recipe:
 
 def _hint(section: str, name: str) -> str:
     table: Any = Recipe
-    if section:
-        fields = {field.name: field.type for field in msgspec.structs.fields(Recipe)}
-        table = fields.get(section, Recipe)
+    for part in section.split(".") if section else ():
+        fields = {field.name: field.type for field in msgspec.structs.fields(table)}
+        table = fields.get(part, Recipe)
     known = [field.name for field in msgspec.structs.fields(table)]
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"
@@ -75,10 +84,9 @@ def _hint(section: str, name: str) -> str:
 
 def _check(recipe: Recipe, where: str) -> None:
     """What types alone cannot say."""
-    for name, table in msgspec.to_builtins(recipe).items():
-        for key, value in table.items() if isinstance(table, dict) else ():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise RecipeError(where, f"{name}.{key}", f"must be finite, not {value}")
+    for key, number in _numbers("", msgspec.to_builtins(recipe)):
+        if not math.isfinite(number):
+            raise RecipeError(where, key, f"must be finite, not {number}")
     for section, table in (("data", recipe.data), ("evaluation", recipe.evaluation)):
         if table.path and table.rows:
             raise RecipeError(where, f"{section}.path", f"give it or {section}.rows, not both")
@@ -88,19 +96,42 @@ def _check(recipe: Recipe, where: str) -> None:
         raise RecipeError(where, "cold_start.demonstrations", "cold_start.steps needs it")
     if recipe.generator.engine == "scripted" and not recipe.generator.script:
         raise RecipeError(where, "generator.script", "the scripted engine needs it")
-    if recipe.learner.ratio_min >= 1:
-        raise RecipeError(where, "learner.ratio_min", "must be below 1")
+    for key, fix in contradictions(recipe):
+        raise RecipeError(where, f"learner.{key}", fix)
+
+
+def _numbers(key: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Every float, with the key that it stands under."""
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _numbers(f"{key}.{name}" if key else name, item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(key, item)
+
+
+def sentence(recipe: Recipe) -> str:
+    """The loss that the recipe amounts to, as a comment of TOML."""
+    return f"# {formula(recipe)}\n"
 
 
 def to_toml(recipe: Recipe) -> str:
     """The recipe as resolved, every key written out; reads back equal."""
-    tables = msgspec.to_builtins(recipe)
-    scalars = {key: value for key, value in tables.items() if not isinstance(value, dict)}
-    lines = [f"{key} = {_toml(value)}" for key, value in scalars.items()]
-    for name, table in tables.items():
-        if isinstance(table, dict):
-            lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
-    return "\n".join(lines) + "\n"
+    return "\n".join(_lines("", recipe)) + "\n"
+
+
+def _lines(path: str, table: msgspec.Struct) -> Iterator[str]:
+    """A table's keys, then the tables within it."""
+    values = {field.name: getattr(table, field.name) for field in msgspec.structs.fields(table)}
+    for key, value in values.items():
+        if value is not None and not isinstance(value, msgspec.Struct):
+            yield f"{key} = {_toml(value)}"
+    for key, value in values.items():
+        if isinstance(value, msgspec.Struct):
+            inner = f"{path}.{key}" if path else key
+            yield from ("", f"[{inner}]", *_lines(inner, value))
 
 
 def _toml(value: Any) -> str:

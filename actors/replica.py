@@ -1,4 +1,4 @@
-"""One replica of one role: `python -m actors.replica ROLE RUN`, with the endpoint in its environment.
+"""One replica of one role, in a process of its own that actors/nursery.py has forked.
 
 Exit status: 0 done or drained, 2 a recipe that cannot be run (not worth a restart), 75 the link was lost for good.
 """
@@ -7,8 +7,9 @@ import asyncio
 import os
 import signal
 import sys
+import traceback
+from typing import NoReturn
 
-import msgspec
 import structlog
 import uvloop
 
@@ -18,8 +19,10 @@ from actors.roles import ROLES
 from bus.connection import Endpoint
 from bus.errors import BusError
 from schemas.messages import RoleName
+from schemas.names import find
 
-ENDPOINT_VARIABLE = "ACTORS_ENDPOINT"
+FAULTS_VARIABLE = "ACTORS_FAULTS"
+"""For tests: `module:function`, called with the role before anything else, to make the replica die where it hurts."""
 LOST_LINK = 75
 """Exit status: temporary failure, in the sense of sysexits.h."""
 
@@ -54,23 +57,23 @@ async def run_replica(role: RoleName, run: str, endpoint: Endpoint) -> int:
         return LOST_LINK if process.bus.closed.is_set() else 0
 
 
-def main() -> None:
-    """The entry point of a child process."""
+def serve(role: RoleName, run: str, endpoint: Endpoint) -> NoReturn:
+    """Be the replica: serve the role, then end the process with its exit status."""
     set_up_logging()
-    _, role, run = sys.argv
-    endpoint = msgspec.json.decode(os.environ.pop(ENDPOINT_VARIABLE), type=Endpoint)
+    if hook := os.environ.get(FAULTS_VARIABLE):
+        find(hook)(role)
+    status = 1
     try:
-        status = uvloop.run(run_replica(role, run, endpoint))  # type: ignore[arg-type]
+        status = uvloop.run(run_replica(role, run, endpoint))
     except UserError as error:
         log.error("cannot run", error=str(error))
         status = 2
     except BusError as error:
         log.error("bus", error=str(error))
         status = LOST_LINK
-    # threads of libraries may still run; everything of ours is closed by now
-    sys.stderr.flush()
-    os._exit(status)
-
-
-if __name__ == "__main__":
-    main()
+    finally:
+        if sys.exc_info()[0]:
+            traceback.print_exc()
+        # threads of libraries may still run, and the interpreter may take seconds to go; all of ours is closed by now
+        sys.stderr.flush()
+        os._exit(status)

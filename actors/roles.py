@@ -1,6 +1,6 @@
 """How each role is put together: what it loads, and what it is given. In flow order.
 
-dispatcher → generator → toolbox → scorer → learner
+dispatcher → generator → toolbox → scorer → learner, recorder
 """
 
 import asyncio
@@ -8,8 +8,9 @@ import contextlib
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
@@ -17,11 +18,19 @@ from actors.errors import RecipeError
 from actors.process import Hops, Process
 from bus import policy, private
 from bus.errors import BusError
+from engines.engine import Engine
 from schemas.messages import RoleName, WeightsPointer
+from schemas.recipe import Recipe
+
+if TYPE_CHECKING:  # both take seconds to import
+    from engines.chat import Chat
+    from tools.formats import CallFormat
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
+
+_AGAIN_S = 1.0
 
 
 async def serve_dispatcher(process: Process) -> None:
@@ -61,12 +70,7 @@ async def until_stopping(process: Process, source: AsyncIterator[T]) -> AsyncIte
 async def serve_generator(process: Process) -> None:
     """Sample turns, following the newest weights."""
     from actors.generator import Generator, Policies
-    from engines.chat import Chat
-    from engines.engine import Engine
-    from engines.errors import ChatError
     from engines.open import open_engine
-    from tools.formats import open_format
-    from tools.registry import load_tools
 
     pointer = await first_policy(process)
     if pointer is None:
@@ -74,32 +78,24 @@ async def serve_generator(process: Process) -> None:
     recipe, bus, run = process.recipe, process.bus, process.run
     with tempfile.TemporaryDirectory(prefix="actors-model-") as name:
         folder = Path(name)
-        for file, data in (await policy.load_assets(bus, pointer)).files.items():
+        for file, data in (await policy.load_assets(bus, run, pointer)).files.items():
             (folder / file).write_bytes(data)
 
-        async def open_with(found: WeightsPointer) -> Engine:
-            engine = await asyncio.to_thread(
-                open_engine, recipe.generator, recipe.policy, folder, process.recipe_dir
-            )
-            await engine.load(await policy.load_weights(bus, found), found.policy_version)
-            return engine
+        def make() -> Engine:
+            return open_engine(recipe.generator, recipe.policy, folder, process.recipe_dir)
 
         async def open_pinned(version: int) -> Engine:
             found = await policy.version(bus, run, version)
             if found is None:
-                raise BusError(f"version {version} of {run} was never published")
-            return await open_with(found)
+                raise BusError(f"version {version} of {run} was never published, or is deleted")
+            weights = await policy.load_weights(bus, run, found)
+            return await _open_with(make, weights, version)
 
         process.vitals.phase = "loading the model"
-        policies = Policies(await open_with(pointer), open_pinned)
+        pointer, weights = await policy.load_newest(bus, run, pointer)
+        policies = Policies(await _open_with(make, weights, pointer.policy_version), open_pinned)
         process.vitals.policy_version = pointer.policy_version
-        tools = load_tools(recipe.tools.use, process.recipe_dir)
-        formats = open_format(recipe.tools.format, tools, recipe.tools.tags)
-        try:
-            chat = Chat(folder)
-            chat.observation_ids([""], recipe.policy.observation_role, ended=False)
-        except ChatError as error:
-            raise RecipeError("recipe", "policy.model", str(error)) from error
+        chat, formats = _open_chat(recipe, folder, process.recipe_dir)
         actor = Generator(recipe, policies, chat, formats, process.replica)
         follower = asyncio.create_task(_follow_policy(process, policies.update))
         try:
@@ -110,34 +106,78 @@ async def serve_generator(process: Process) -> None:
             await actor.close()
 
 
+def _open_chat(recipe: Recipe, folder: Path, recipe_dir: str) -> "tuple[Chat, CallFormat]":
+    """How to speak with the model, and how it calls tools. Raises RecipeError for what its chat template cannot say."""
+    from engines.chat import Chat
+    from engines.errors import ChatError
+    from tools.errors import ToolError
+    from tools.formats import open_format
+    from tools.registry import load_tools
+
+    config = recipe.tools
+    tools = load_tools(config.use, recipe_dir, config.options)
+    try:
+        chat = Chat(folder)
+        chat.observation_ids([""], recipe.policy.observation_role, ended=False)
+        formats = open_format(config.format, tools, config.tags, chat.write_calls)
+        if "template" in (config.format, config.show) and tools and not chat.shows_tools():
+            raise ChatError('the chat template shows no tools: use tools.show = "system"')
+    except ChatError as error:
+        raise RecipeError("recipe", "policy.model", str(error)) from error
+    except ToolError as error:
+        raise RecipeError("recipe", "tools.format", error.detail) from error
+    return chat, formats
+
+
+async def _open_with(make: Callable[[], Engine], weights: bytes, version: int) -> Engine:
+    engine = await asyncio.to_thread(make)
+    await engine.load(weights, version)
+    return engine
+
+
 async def _follow_policy(process: Process, update: Callable[[bytes, int], Awaitable[None]]) -> None:
     """Take each newer version as it comes."""
     async for pointer in policy.follow(process.bus, process.run):
-        if pointer.policy_version <= process.vitals.policy_version:
-            continue
-        try:
-            await update(await policy.load_weights(process.bus, pointer), pointer.policy_version)
-            process.vitals.policy_version = pointer.policy_version
-        except BusError as error:
-            log.warning("weights not loaded", version=pointer.policy_version, error=str(error))
+        while pointer.policy_version > process.vitals.policy_version:
+            try:
+                pointer, weights = await policy.load_newest(process.bus, process.run, pointer)
+                await update(weights, pointer.policy_version)
+                process.vitals.policy_version = pointer.policy_version
+            except BusError as error:
+                # perhaps the last version there will be: nobody would tell us of it again
+                version = pointer.policy_version
+                log.warning("weights not loaded; trying again", version=version, error=str(error))
+                await asyncio.sleep(_AGAIN_S)
 
 
 async def serve_toolbox(process: Process) -> None:
     """Run tool calls."""
+    from actors.images import store_images
     from actors.toolbox import Toolbox
-    from tools.registry import load_tools
+    from tools.registry import load_tools, open_tools
     from tools.sandbox.select import open_sandbox
+    from tools.tool import Place
 
     recipe = process.recipe
-    tools = load_tools(recipe.tools.use, process.recipe_dir)
+    tools = load_tools(recipe.tools.use, process.recipe_dir, recipe.tools.options)
     process.vitals.phase = "testing the sandbox"
     sandbox = await open_sandbox(recipe.tools.tier)
     log.info("sandbox", tier=sandbox.tier)
-    actor = Toolbox(recipe, tools, sandbox, process.replica)
+    store = partial(store_images, process.bus, process.run)
+    actor = Toolbox(recipe, tools, sandbox, store, process.replica)
     try:
-        await Hops(process, actor).serve(list(tools), recipe.toolbox.slots)
+        place = Place(recipe_dir=process.recipe_dir, encoder=open_encoder)
+        async with open_tools(tools.values(), place):
+            await Hops(process, actor).serve(list(tools), recipe.toolbox.slots)
     finally:
         await actor.close()
+
+
+def open_encoder(name: str) -> Callable[[list[str]], Any]:
+    """A text encoder, for search by meaning; torch is imported only now."""
+    from engines import encoder
+
+    return encoder.open_encoder(name)
 
 
 async def serve_scorer(process: Process) -> None:
@@ -167,10 +207,25 @@ async def serve_learner(process: Process) -> None:
     await Training(process).serve()
 
 
+async def serve_recorder(process: Process) -> None:
+    """Write the archive for analytics."""
+    from actors.recording import Recording
+
+    await Recording(process).serve()
+
+
+def slow_imports(role: RoleName, recipe: Recipe) -> list[str]:
+    """The modules of a role that take seconds to import."""
+    if role == "generator" and recipe.generator.engine == "transformers":
+        return ["engines.transformers_engine"]
+    return ["actors.training"] if role == "learner" else []
+
+
 ROLES: dict[RoleName, Callable[[Process], Awaitable[None]]] = {
     "dispatcher": serve_dispatcher,
     "generator": serve_generator,
     "toolbox": serve_toolbox,
     "scorer": serve_scorer,
     "learner": serve_learner,
+    "recorder": serve_recorder,
 }

@@ -1,24 +1,33 @@
 """Starts replicas as processes of their own, restarts them when they die, and stops them in the end.
 
-Children die with the supervisor, however it ends. One that keeps dying stops the run, with the reason from its log.
+Children die with the supervisor, however it ends. One that hangs is killed (`watch`), which counts as a death. One
+that keeps dying stops the run, with the reason from its log.
 """
 
 import asyncio
 import os
+import re
 import signal
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import structlog
 
 from actors.errors import UserError
-from actors.replica import ENDPOINT_VARIABLE
-from bus.connection import Endpoint, wait
-from bus.embedded import die_with_parent
-from schemas.messages import RoleName
+from actors.fleet import Fleet
+from actors.heartbeat import PERIOD_S, STARTING, Vitals, replica_name
+from actors.nursery import Child, Nursery, Order
+from actors.roles import slow_imports
+from actors.watchdog import SILENT_S, why_hung
+from bus import subjects
+from bus.codec import encode
+from bus.connection import Bus, Endpoint, wait
+from bus.errors import Unavailable
+from schemas.messages import RoleName, Stall
+from schemas.recipe import Recipe
 
 log = structlog.get_logger()
 
@@ -27,6 +36,8 @@ _HEALTHY_S = 30.0
 """A replica that lived so long has started well; its next death begins the back-off anew."""
 _CRASHES = 5
 """Deaths in a row, none after `_HEALTHY_S`, before the run is stopped."""
+_KILLS = 12
+"""The same where the last was by a signal: whoever kills replicas as they start must be more patient than a bug."""
 _KILL_AFTER_S = 5.0
 """Beyond the time to drain."""
 
@@ -36,19 +47,19 @@ class CrashLoop(UserError):
 
 
 class Supervisor:
-    """Keeps a set of replicas alive."""
+    """Keeps a set of replicas alive. `fleet` is heard by `watch`, and by whoever else wants to."""
 
-    def __init__(self, run: str, endpoint: Endpoint, logs: Path, drain_s: float) -> None:
+    def __init__(self, run: str, endpoint: Endpoint, logs: Path, recipe: Recipe) -> None:
+        self.fleet = Fleet()
         self._run = run
-        self._environment = os.environ | {
-            ENDPOINT_VARIABLE: msgspec.json.encode(endpoint).decode(),
-            "OMP_NUM_THREADS": "1",  # torch's own setting wins where a recipe gives more
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        self._nursery = Nursery(endpoint, logs / "nursery.log")
         self._logs = logs
-        self._drain_s = drain_s
+        self._recipe = recipe
         self._stopping = asyncio.Event()
-        self._children: dict[asyncio.subprocess.Process, RoleName] = {}
+        self._children: dict[Child, RoleName] = {}
+        self._born_s: dict[Child, float] = {}
+        self._hung: dict[Child, str] = {}
+        """Killed by us, and why."""
 
     async def keep(self, role: RoleName, replicas: int) -> None:
         """Keep so many replicas of a role alive until stopped. Raises CrashLoop."""
@@ -59,38 +70,74 @@ class Supervisor:
         deaths = 0
         path = self._logs / f"{role}-{os.getpid()}-{index}.log"
         while not self._stopping.is_set():
-            begun = time.monotonic()
-            status = await self._run_once(role, path)
-            if status == 0 or self._stopping.is_set():
+            begun_s = time.monotonic()
+            size = path.stat().st_size if path.exists() else 0
+            death = await self._run_once(role, path)
+            if death.status == 0 or self._stopping.is_set():
                 return
-            deaths = 1 if time.monotonic() - begun > _HEALTHY_S else deaths + 1
-            if status == 2:
-                raise CrashLoop(f"{last_error(path)} (log: {path})")
-            if deaths >= _CRASHES:
-                raise CrashLoop(f"{role} died {deaths} times: {last_error(path)} (log: {path})")
-            log.warning("replica died; restarting", role=role, status=status, log=str(path))
+            why = death.why or last_error(path, size)
+            if death.status == 2:
+                raise CrashLoop(f"{why} (log: {path})")
+            healthy = death.served_and_killed or time.monotonic() - begun_s > _HEALTHY_S
+            deaths = 1 if healthy else deaths + 1
+            if deaths >= (_KILLS if death.from_outside else _CRASHES):
+                raise CrashLoop(f"{role} died {deaths} times in a row; last: {why} (log: {path})")
+            log.warning("replica died; restarting", role=role, why=why, log=str(path))
             await wait(self._stopping, _BACKOFF_S[min(deaths, len(_BACKOFF_S)) - 1])
 
-    async def _run_once(self, role: RoleName, path: Path) -> int:
-        with path.open("ab") as output:
-            child = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "actors.replica",
-                role,
-                self._run,
-                env=self._environment,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # Ctrl-C is ours to handle
-                preexec_fn=die_with_parent,
-            )
-        self._children[child] = role
+    async def _run_once(self, role: RoleName, path: Path) -> "Death":
+        order = Order(
+            role=role, run=self._run, log=str(path), imports=slow_imports(role, self._recipe)
+        )
         try:
-            return await child.wait()
+            child = await self._nursery.start(order)
+        except ConnectionResetError:  # it was killed; the next order starts another
+            return Death(-signal.SIGKILL)
+        self._children[child] = role
+        self._born_s[child] = time.monotonic()
+        try:
+            status = await child.wait()
+            heard = self.fleet.last(replica_name(role, child.pid), time.monotonic())
+            served = heard is not None and heard.beat.phase not in STARTING
+            return Death(status, served, self._hung.pop(child, ""))
         finally:
-            del self._children[child]
+            del self._children[child], self._born_s[child]
+
+    async def watch(self, bus: Bus) -> None:
+        """Hear the children's signs of life, kill those that hang, and tell of silent ones, until stopped."""
+        await self.fleet.hear(bus, self._run)
+        name = replica_name("supervisor", os.getpid())
+        vitals = Vitals(self._run, "supervisor", name, phase="")
+        while not self._stopping.is_set():
+            now_s = vitals.loop_ran_s = time.monotonic()
+            self._kill_hung(now_s)
+            vitals.stalls = self._silent(now_s)
+            with suppress(Unavailable):
+                await bus.publish(subjects.heartbeat("supervisor", name), encode(vitals.beat()))
+            await wait(self._stopping, PERIOD_S)
+
+    def _kill_hung(self, now_s: float) -> None:
+        flows_s = self.fleet.flows_s(now_s)
+        for child, role in self._children.items():
+            heard = self.fleet.last(replica_name(role, child.pid), now_s)
+            up_s = now_s - self._born_s[child]
+            why = why_hung(heard, up_s, flows_s, self._recipe.deadlines)
+            if why and child not in self._hung:
+                log.warning("replica hangs; killing it", role=role, pid=child.pid, why=why)
+                self._hung[child] = f"it hung: {why}"
+                child.send_signal(signal.SIGKILL)
+
+    def _silent(self, now_s: float) -> list[Stall]:
+        """Children whose process is alive and which are not heard of."""
+        stalls = []
+        for child, role in self._children.items():
+            replica = replica_name(role, child.pid)
+            heard = self.fleet.last(replica, now_s)
+            silent_s = min(heard.silent_s, self.fleet.flows_s(now_s)) if heard else 0.0
+            if silent_s > SILENT_S:
+                detail = f"{replica} is alive and gives no sign of life"
+                stalls.append(Stall(kind="silent", subject=replica, detail=detail, for_s=silent_s))
+        return stalls
 
     async def stop(self) -> None:
         """Tell all to drain, wait for them, and kill what is left."""
@@ -98,26 +145,64 @@ class Supervisor:
         self._signal(signal.SIGTERM)
         waits = [asyncio.ensure_future(child.wait()) for child in self._children]
         if waits:
-            _, late = await asyncio.wait(waits, timeout=self._drain_s + _KILL_AFTER_S)
+            _, late = await asyncio.wait(
+                waits, timeout=self._recipe.deadlines.drain_s + _KILL_AFTER_S
+            )
             if late:
                 self._signal(signal.SIGKILL)
                 await asyncio.wait(late)
+        await self._nursery.close()
 
     def _signal(self, number: signal.Signals) -> None:
         for child in list(self._children):
-            with suppress(ProcessLookupError):
-                child.send_signal(number)
+            child.send_signal(number)
 
 
-def last_error(path: Path) -> str:
+class Death(NamedTuple):
+    """How a replica ended."""
+
+    status: int
+    """Its exit status; negative: the signal that killed it."""
+    served: bool = False
+    """It was seen at its work, past loading and testing."""
+    hung: str = ""
+    """Why we killed it."""
+
+    @property
+    def from_outside(self) -> bool:
+        """By a signal that was not ours."""
+        return self.status < 0 and not self.hung
+
+    @property
+    def served_and_killed(self) -> bool:
+        """It says nothing of whether the next will start; a hop that kills its holders is ended by its count."""
+        return self.from_outside and self.served
+
+    @property
+    def why(self) -> str:
+        """The reason, as far as the way it ended tells."""
+        if self.from_outside:
+            return f"killed by {signal.Signals(-self.status).name}"
+        return self.hung
+
+
+_IN_GROUP = re.compile(r" +\| (?=[A-Za-z_])(?!Traceback|ExceptionGroup|BaseExceptionGroup)(.*)")
+"""A line of an exception group's traceback that names an exception."""
+
+
+def last_error(path: Path, after_byte: int = 0) -> str:
     """The last thing that a replica's log says went wrong."""
-    lines = path.read_text(errors="replace").strip().splitlines()[-50:]
-    for line in reversed(lines):
+    if not path.exists():
+        return f"it was never started; see {path.with_name('nursery.log')}"
+    text = path.read_bytes()[after_byte:].decode(errors="replace")
+    for line in reversed(text.strip().splitlines()[-200:]):
         with suppress(msgspec.DecodeError, TypeError):
             entry = msgspec.json.decode(line, type=dict[str, object])
             if entry.get("level") in ("error", "critical"):
                 return str(entry.get("error") or entry.get("event"))
             continue
+        if found := _IN_GROUP.fullmatch(line):
+            return found[1]
         if line and not line.startswith(" "):
             return line
     return "no reason in its log"

@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from actors.errors import UserError
-from actors.fleet import Fleet
-from actors.preflight import check_names
+from actors.preflight import check_names, resolve_tools
 from actors.process import opened
 from actors.progress import Progress
 from actors.recipe import to_toml
@@ -24,20 +23,30 @@ from bus.connection import Bus, Endpoint, connect
 from bus.embedded import EmbeddedServer
 from bus.log import Log, open_log
 from bus.provision import provision
-from schemas.events import Ended, Opened, Stopping
+from schemas.events import Archived, Ended, Opened, Stopping
 from schemas.messages import RoleName
 from schemas.recipe import Recipe
 
 INTERRUPTED = 130
 """Exit status of a run that was told to stop and can be resumed."""
+_ARCHIVE_S = 60.0
+"""How long a run that has ended waits for its archive."""
 
 
-async def train(recipe: Recipe, recipe_dir: str, run: str, nats_url: str, console: Console) -> int:
+async def train(
+    recipe: Recipe,
+    recipe_dir: str,
+    run: str,
+    nats_url: str,
+    console: Console,
+    log_limit_bytes: int | None = None,
+) -> int:
     """Start or resume a run and stay until it ends or is told to stop. Returns the exit status."""
     folder = RunFolder(run)
     if folder.live():
         raise UserError(f"run {run!r} is alive already: watch it with `actors tail --run {run}`")
     check_names(recipe, recipe_dir)
+    recipe = await resolve_tools(recipe, recipe_dir)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -46,7 +55,7 @@ async def train(recipe: Recipe, recipe_dir: str, run: str, nats_url: str, consol
         endpoint = await stack.enter_async_context(_server(folder, nats_url, stop))
         bus = await stack.enter_async_context(connect(endpoint, f"supervisor {run}"))
         run_log = await stack.enter_async_context(open_log(bus, run))
-        await provision(bus, run, recipe.tools.names)
+        await provision(bus, run, recipe.tools.names, log_limit_bytes=log_limit_bytes)
         after = await _open(run_log, recipe, recipe_dir)
         (folder.path / "recipe.toml").write_text(to_toml(recipe))
         folder.write_endpoint(endpoint)
@@ -89,7 +98,7 @@ async def _open(run_log: Log, recipe: Recipe, recipe_dir: str) -> int:
     before = await opened(run_log)
     async for stored in run_log.read(subjects.run_event(run_log.run)):
         after = stored.seq
-        if isinstance(stored.event, Ended):
+        if isinstance(stored.event, Ended | Archived):
             raise UserError(f"run {run_log.run!r} has ended: choose another --run name")
     if before is None or (before.recipe, before.recipe_dir) != (recipe, recipe_dir):
         event = Opened(replica="supervisor", recipe=recipe, recipe_dir=recipe_dir)
@@ -108,9 +117,8 @@ class Run:
         self._console = console
         self._run = run
         self._report = Report(folder.path)
-        self._supervisor = Supervisor(run, endpoint, folder.logs, recipe.deadlines.drain_s)
+        self._supervisor = Supervisor(run, endpoint, folder.logs, recipe)
         self._begun_s = time.monotonic()
-        self._fleet = Fleet()
         self._ended = False
 
     async def supervise(self, bus: Bus, run_log: Log, after: int, stop: asyncio.Event) -> int:
@@ -118,13 +126,13 @@ class Run:
         self._console.print(
             f"run {self._run} in {self._folder.path}/", highlight=False, soft_wrap=True
         )
-        await self._fleet.hear(bus, self._run)
         replicas = self._recipe.replicas
-        counts: dict[RoleName, int] = {
+        counts: dict[RoleName, int] = {  # those that need torch last: the others need not wait for it
             "dispatcher": 1,
-            "generator": replicas.generator,
             "toolbox": replicas.toolbox,
             "scorer": replicas.scorer,
+            "recorder": replicas.recorder,
+            "generator": replicas.generator,
             "learner": 1,
         }
         with Progress(self._run, self._recipe, self._console) as progress:
@@ -133,12 +141,13 @@ class Run:
                 for role, count in counts.items()
             }
             watch = asyncio.create_task(self._watch(run_log, progress, after), name="watch")
+            children = asyncio.create_task(self._supervisor.watch(bus), name="watch children")
             stopped = asyncio.create_task(stop.wait(), name="stop")
             try:
-                ended = await self._until_over(keepers, watch, stopped)
+                ended = await self._until_over(keepers, watch, children, stopped)
             finally:
                 await self._supervisor.stop()
-                tasks = (*keepers.values(), watch, stopped)
+                tasks = (*keepers.values(), watch, children, stopped)
                 for task in tasks:
                     task.cancel()
                 await asyncio.wait(tasks)
@@ -150,25 +159,34 @@ class Run:
         self,
         keepers: dict[RoleName, asyncio.Task[None]],
         watch: asyncio.Task[None],
+        children: asyncio.Task[None],
         stopped: asyncio.Task[bool],
     ) -> bool:
         """Wait for the end, which is the learner's: it exports the model. False when told to stop before.
 
         Raises CrashLoop.
         """
-        waiting: set[asyncio.Task[Any]] = {*keepers.values(), watch, stopped}
+        waiting: set[asyncio.Task[Any]] = {*keepers.values(), watch, children, stopped}
         while not (watch.done() and keepers["learner"].done()):
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
             if stopped in done or (watch in done and not self._ended):
                 return False
+        # the end reaches it within a second, unless it was behind; a full disk does not hold the run back for long
+        done, _ = await asyncio.wait({keepers["recorder"]}, timeout=_ARCHIVE_S)
+        for task in done:
+            task.result()
+        if not done:
+            self._console.print(
+                f"{self._folder.path}/archive is not whole: see {self._folder.logs}/"
+            )
         return True
 
     async def _watch(self, run_log: Log, progress: Progress, after: int) -> None:
         """Report what the log says until the run ends or is told to stop."""
         async for found in run_log.follow():
-            progress.fleet = self._fleet.alive()
+            progress.see(self._supervisor.fleet.alive(), time.monotonic())
             for stored in found:
                 self._report.observe(stored)
                 progress.observe(stored, live=stored.seq > after)

@@ -16,26 +16,26 @@ from typing import Any
 import structlog
 import torch
 
+from actors.cleaning import OldWeights
 from actors.data import load_function
 from actors.errors import RecipeError
-from actors.learner import Batch, Planner, step_metrics
+from actors.learner import NAME, Batch, Planner, step_metrics
 from actors.process import Process
 from actors.run_folder import RunFolder
 from bus import policy, subjects
 from engines.chat import Chat
 from learner.checkpoints import checkpoint_path, latest_checkpoint, prune_checkpoints
 from learner.policy import Policy
-from learner.samples import sample_of
+from learner.samples import Sample, batch_sha256, sample_of
 from learner.supervised import cold_start
-from schemas.events import AnyLearnerEvent, Ended, Stepped, Warmed
+from schemas.events import AnyLearnerEvent, Ended, Step, Stepped, Warmed
 from schemas.messages import WeightsPointer
 
 log = structlog.get_logger()
 
-NAME = "main"
-"""This learner's name in the log."""
-
 _CHECKPOINTS_KEPT = 2
+_REFERENCE = "reference"
+"""Where version 0 stays in a run's folder, if the loss compares with it."""
 _POLL_S = 0.05
 
 
@@ -54,6 +54,7 @@ class Training:
         self._published = -1
         """The newest version that others know; steps trained again are not published again."""
         self._waited_s: float | None = None
+        self._old_weights = OldWeights(process.bus, process.run, process.recipe)
 
     async def serve(self) -> None:
         """Make version 0 or recover, then train until the run ends or we are told to stop."""
@@ -62,7 +63,7 @@ class Training:
         torch.set_num_threads(self._recipe.learner.threads)
         source = await asyncio.to_thread(self._model_folder)
         self._policy = await asyncio.to_thread(Policy.open, source, self._recipe)
-        self._assets = await policy.publish_assets(process.bus, self._policy.assets())
+        self._assets = await policy.publish_assets(process.bus, process.run, self._policy.assets())
         pointer = await policy.current(process.bus, process.run)
         self._published = pointer.policy_version if pointer else -1
         checkpoint = latest_checkpoint(self._folder.checkpoints)
@@ -71,6 +72,7 @@ class Training:
             step = await asyncio.to_thread(self._policy.load_checkpoint, checkpoint)
         elif not await self._cold_start():
             return
+        await asyncio.to_thread(hold_models, self._policy, process.recipe_dir, self._folder.path)
         weights = self._policy.weights()
         await self._publish(step, weights, hashlib.sha256(weights).hexdigest())
         process.vitals.phase = "waiting for groups"
@@ -121,6 +123,8 @@ class Training:
                 seq = await self._process.log.append_learner(NAME, event, seq)
                 if self._process.stopping.is_set():
                     return False
+        if self._recipe.learner.kl.coefficient and not self._recipe.learner.kl.reference:
+            await asyncio.to_thread(self._policy.export, self._folder.path / _REFERENCE)
         await self._checkpoint(0)
         return True
 
@@ -132,6 +136,7 @@ class Training:
         async for found in self._process.log.follow(poll_s=_POLL_S, hint=hint):
             for stored in found:
                 self._planner.observe(stored.event, stored.seq, stored.time_s)
+                self._old_weights.observe(stored.event)
                 if isinstance(stored.event, Ended):
                     await self._finish()
                     return
@@ -176,8 +181,8 @@ class Training:
         number = batch.step.step
         self._process.vitals.phase = f"step {number}/{self._recipe.learner.steps}"
         begun = time.monotonic()
-        groups = [[sample_of(member) for member in group] for group in batch.groups]
-        trained = await asyncio.to_thread(self._policy.train_step, groups, number)
+        groups = samples_of(batch)
+        trained = await asyncio.to_thread(optimize, self._policy, groups, batch.step)
         train_s = time.monotonic() - begun
         weights = await asyncio.to_thread(self._policy.weights)
         recorded = self._planner.stepped.get(number)
@@ -190,11 +195,13 @@ class Training:
                     policy_version=number,
                     weights_sha256=sha256,
                     metrics=self._row(batch, trained, train_s),
+                    batch_sha256=batch_sha256(groups),
                 )
             )
         elif recorded.weights_sha256 != sha256:
             log.warning("step trained again gave other weights", step=number)
         await self._publish(number, weights, sha256)
+        await self._old_weights.delete(self._published)
         last = number == self._recipe.learner.steps
         if number % self._recipe.learner.checkpoint_every_steps == 0 or last:
             await self._checkpoint(number)
@@ -238,6 +245,33 @@ class Training:
         """Leave the trained model as an ordinary Hugging Face folder."""
         self._process.vitals.phase = "exporting"
         await asyncio.to_thread(self._policy.export, self._folder.path / "checkpoint")
+
+
+def hold_models(policy: Policy, recipe_dir: str, run_path: Path) -> None:
+    """Load the other models that the recipe's loss asks; a name is a folder or a hub's. Raises UnsupportedModel."""
+    learner = policy.config.learner
+    if learner.kl.coefficient:
+        name = learner.kl.reference
+        policy.hold_reference(_named(name, recipe_dir) if name else run_path / _REFERENCE)
+    if learner.teacher.folder:
+        policy.hold_teacher(_named(learner.teacher.folder, recipe_dir))
+
+
+def _named(name: str, recipe_dir: str) -> Path:
+    """A model's folder, relative to the recipe or to where we are, or a hub's model."""
+    folders = [folder for folder in (Path(recipe_dir, name), Path(name)) if folder.is_dir()]
+    return folders[0] if folders else _download(name)
+
+
+def samples_of(batch: Batch) -> list[list[Sample]]:
+    """A batch as the learner takes it."""
+    return [[sample_of(member) for member in group] for group in batch.groups]
+
+
+def optimize(policy: Policy, groups: list[list[Sample]], step: Step) -> dict[str, float]:
+    """One optimizer step, in the thread that calls: torch keeps the number of its threads for each one apart."""
+    torch.set_num_threads(step.threads)
+    return policy.train_step(groups, step.step)
 
 
 def _download(name: str) -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from actors.watchdog import known_stalls, without_dispatcher
 from bus.log import Stored
 from schemas.events import (
     Admitted,
@@ -18,6 +19,7 @@ from schemas.events import (
     Scored,
     Step,
     Stepped,
+    StoredImage,
     TrajectoryEvent,
     Turn,
     Warmed,
@@ -123,6 +125,7 @@ def trajectory_text(state: Trajectory) -> str:
                     cost = f"{result.duration_ms:.1f} ms   {result.tier}   {result.replica}"
                     head = f"result {index}.{number}   {status}   {cost}"
                     lines += _block(head, result.text)
+                    lines += [f"   {image_text(image)}" for image in result.images]
         if turn.feedback:
             lines += _block("feedback", turn.feedback)
     if state.scored:
@@ -139,11 +142,18 @@ def trajectory_text(state: Trajectory) -> str:
     return "\n".join(lines)
 
 
+def image_text(image: StoredImage) -> str:
+    """An image in one line."""
+    size = f"   {image.width} x {image.height}" if image.width else ""
+    kind = visible(image.media_type)
+    return f"image {image.sha256}   {kind}{size}   {image.size_bytes} bytes"
+
+
 def _block(head: str, text: str) -> list[str]:
-    return [f"── {head}", *(f"   {_visible(line)}" for line in text.splitlines() or [""])]
+    return [f"── {head}", *(f"   {visible(line)}" for line in text.splitlines() or [""])]
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Control characters spelled out: what a policy writes must not steer the reader's terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -169,6 +179,14 @@ def alive_table(run: str, url: str, beats: Sequence[Heartbeat]) -> str:
             )
         )
     return columns(rows)
+
+
+def stall_lines(beats: Sequence[Heartbeat]) -> list[str]:
+    """What stands still, one stall a line."""
+    lines = [f"stall: {stall}" for stall in known_stalls(beats).values()]
+    if beats and (why := without_dispatcher(beats)):
+        lines.insert(0, f"stall: {why}")
+    return lines
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

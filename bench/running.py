@@ -60,15 +60,15 @@ class RealRun:
         output: Path,
     ) -> None:
         self.log = log
-        self._bus = bus
-        self._server = server
+        self.bus = bus
+        self.server = server
         self._child = child
         self._output = output
 
     async def count(self, subject: str) -> Count:
         """A count of what is published on a subject from now on."""
         count = Count()
-        await self._bus.subscribe(subject, count.on_message)
+        await self.bus.subscribe(subject, count.on_message)
         return count
 
     async def until(self, event: asyncio.Event) -> None:
@@ -98,12 +98,12 @@ class RealRun:
         supervisor = psutil.Process(self._child.pid)
         used: dict[str, float] = defaultdict(float)
         used["supervisor"] = _own_s(supervisor)
-        used["nats-server"] = _own_s(psutil.Process(self._server.pid))
+        used["nats-server"] = _own_s(psutil.Process(self.server.pid))
         for process in supervisor.children(recursive=True):
             try:
-                command = process.cmdline()
-                if "actors.replica" in command:
-                    used[command[command.index("actors.replica") + 1]] += _own_s(process)
+                title = process.cmdline()[0].split()
+                if title[0] == "actors":  # `actors generator bench`, or `actors nursery`
+                    used[title[1]] += _own_s(process)
                 else:
                     times = process.cpu_times()  # a sandbox's processes are many and short-lived
                     used["sandbox"] += sum(times[:4])

@@ -229,7 +229,7 @@ def grpo_step(
 
     Returns the share of sampled tokens that were masked.
     """
-    settings = recipe.learner
+    settings, trust = recipe.learner, recipe.learner.correction
     rollouts = [rollout for group in groups for rollout in group]
     advantages = []
     for group in groups:
@@ -243,8 +243,8 @@ def grpo_step(
     new_BT = log_softmax(logits_BTV, -1).gather(2, ids_BT[:, 1:, None])[..., 0]
     sampled_BT = sampled_BT[:, 1:].float()
     ratio_BT = (new_BT - old_BT[:, 1:]).exp()
-    trusted_BT = (ratio_BT >= settings.ratio_min) & (ratio_BT <= settings.ratio_max)
-    clipped_BT = ratio_BT.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    trusted_BT = (ratio_BT >= trust.ratio_min) & (ratio_BT <= trust.ratio_max)
+    clipped_BT = ratio_BT.clamp(1 - settings.loss.clip_low, 1 + settings.loss.clip_high)
     gain_BT = torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
     loss = -(gain_BT * sampled_BT * trusted_BT).sum() / sampled_BT.sum()
     update(policy, optimizer, loss, settings.max_grad_norm)

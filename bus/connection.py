@@ -6,6 +6,8 @@ watchdog aborts the transport); exhausted reconnects close in silence (735: `clo
 """
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
@@ -26,11 +28,15 @@ Message = Msg
 """What callbacks get."""
 
 WRONG_LAST_SEQUENCE = 10071
-STREAM_FULL = 10077
+STORE_FULL = frozenset({10077, 10023, 10047})
+"""A stream is at its own limit, or the server at that of its whole store (10023 is what 2.15 says to a publisher)."""
 
 _RETRY_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 _PUBLISH_TIMEOUT_S = 3.0
 _CONNECT_TIMEOUT_S = 5.0
+_FULL_SAID_S = 10.0
+"""How often a publisher that waits for room says so."""
+_PING_S = 1.0
 _HANG_S = 4.0
 """A connected server that answers no ping for so long is taken for hung."""
 
@@ -62,6 +68,10 @@ class Bus:
         self.url = url
         self.closed = asyncio.Event()
         """Set when the link is gone for good: the process should end."""
+        self.waits_when_full = False
+        """Whether `store` goes on for as long as a stream is full: for those whose work would be lost otherwise."""
+        self.full_s = -math.inf
+        """When a stream was last found full (monotonic seconds)."""
         self._jetstream = client.jetstream(timeout=_PUBLISH_TIMEOUT_S)
 
     async def publish(self, subject: str, data: bytes) -> None:
@@ -81,11 +91,11 @@ class Bus:
     ) -> int:
         """Publish into a stream and return the message's sequence there, trying again until the deadline.
 
-        After a time-out the message may have been stored: give it a message id or an expected sequence.
-        Raises Conflict, Full, Unavailable.
+        After a time-out the message may have been stored: give it a message id or an expected sequence. With a
+        deadline of 0 it is tried once. Raises Conflict, Full (see `waits_when_full`), Unavailable.
         """
-        loop = asyncio.get_running_loop()
-        end = loop.time() + deadline_s
+        end = time.monotonic() + deadline_s
+        said_s = time.monotonic()
         attempt = 0
         while True:
             try:
@@ -95,13 +105,21 @@ class Bus:
                 if error.err_code == WRONG_LAST_SEQUENCE:
                     expected = (headers or {}).get("Nats-Expected-Last-Subject-Sequence", "0")
                     raise Conflict(subject, int(expected)) from error
-                full = error.err_code == STREAM_FULL
-                if not isinstance(error, ServiceUnavailableError):
+                full = error.err_code in STORE_FULL
+                if not isinstance(error, ServiceUnavailableError) and not full:
                     raise Unavailable(subject, str(error)) from error
-                failure: BusError = Full(subject) if full else Unavailable(subject, str(error))
+                failure: BusError = (Full if full else Unavailable)(subject, str(error))
             except (NatsError, TimeoutError, NoStreamResponseError) as error:
                 failure = Unavailable(subject, repr(error))
-            if self.client.is_closed or loop.time() > end:
+            now = time.monotonic()
+            if isinstance(failure, Full):
+                self.full_s = now
+                if self.waits_when_full and deadline_s:
+                    end = max(end, now + deadline_s)
+                if now - said_s > _FULL_SAID_S:
+                    said_s = now
+                    log.warning("waiting for room", subject=subject, error=str(failure))
+            if self.client.is_closed or now > end:
                 raise failure
             await asyncio.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
             attempt += 1
@@ -116,7 +134,8 @@ class Bus:
     async def subscribe(self, subject: str, callback: Callable[[Message], Awaitable[None]]) -> None:
         """Call back for each core message, until the connection ends."""
         await self.client.subscribe(subject, cb=callback)
-        await self.client.flush()
+        with suppress(NatsError):  # the link was lost meanwhile: it is subscribed again with the next
+            await self.client.flush()
 
     async def close(self) -> None:
         """Send what is buffered and leave."""
@@ -126,25 +145,34 @@ class Bus:
 
 
 async def _watch(bus: Bus) -> None:
-    """Abort a transport whose server has stopped answering, so that nats-py reconnects."""
-    loop = asyncio.get_running_loop()
-    answered = loop.time()
-    while not bus.closed.is_set():
-        await wait(bus.closed, 1.0)
+    """Abort a transport whose server has stopped answering, so that nats-py reconnects.
+
+    Messages to ourselves, not pings: nats-py gives up the whole connection when the answer to a ping comes after its
+    time-out, and a ping on a transport that is just closing raises whatever the event loop has for it.
+    """
+    unanswered = 0
+    """Rounds and not time: a loop that was blocked, by an import of torch say, has read no answer either."""
+
+    async def hear(_: Message) -> None:
+        nonlocal unanswered
+        unanswered = 0
+
+    address = bus.client.new_inbox()
+    await bus.client.subscribe(address, cb=hear)
+    while not await wait(bus.closed, _PING_S):
         if not bus.client.is_connected:
-            answered = loop.time()
+            unanswered = 0
             continue
-        try:
-            await asyncio.wait_for(bus.client.rtt(timeout=1), 1.5)
-            answered = loop.time()
-        except (NatsError, TimeoutError):
-            if loop.time() - answered > _HANG_S:
-                log.warning("server hangs; reconnecting", url=bus.url)
-                answered = loop.time()
-                # nats-py has no public way to the transport
-                writer = getattr(bus.client._transport, "_io_writer", None)
-                if writer is not None:
-                    writer.transport.abort()
+        with suppress(NatsError):  # it is closing: the next round sees that
+            await bus.client.publish(address, b"")
+        unanswered += 1
+        if unanswered * _PING_S > _HANG_S:
+            log.warning("server hangs; reconnecting", url=bus.url)
+            unanswered = 0
+            # nats-py has no public way to the transport
+            writer = getattr(bus.client._transport, "_io_writer", None)
+            if writer is not None:
+                writer.transport.abort()
 
 
 @asynccontextmanager

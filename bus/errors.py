@@ -43,8 +43,8 @@ class Conflict(BusError):
 class Full(BusError):
     """A stream is at its limit and refuses new messages."""
 
-    def __init__(self, subject: str) -> None:
-        super().__init__(f"{subject}: its stream is full")
+    def __init__(self, subject: str, why: str) -> None:
+        super().__init__(f"{subject}: its stream is full: {why}")
         self.subject = subject
 
 

@@ -26,7 +26,6 @@ from schemas.events import (
     AnyTrajectoryEvent,
     TrajectoryEvent,
 )
-from schemas.messages import DeadLetter
 from schemas.trajectory import Trajectory, fold
 
 log = structlog.get_logger()
@@ -58,11 +57,17 @@ class Raw(NamedTuple):
     data: bytes
 
 
-def _raw(message: Message) -> Raw:
+def timestamp_s(stamp: str) -> float:
+    """A time of the server's, in seconds since the epoch."""
+    # it leaves trailing zeros out; fromisoformat takes just six of its nine digits
+    whole, _, fraction = stamp.rstrip("Z").partition(".")
+    return datetime.fromisoformat(f"{whole}.{fraction[:6].ljust(6, '0')}+00:00").timestamp()
+
+
+def raw_message(message: Message) -> Raw:
+    """The stored message that a direct get has answered with."""
     headers = message.headers or {}
-    stamp = headers["Nats-Time-Stamp"]
-    # fromisoformat takes six digits of the server's nine
-    time_s = datetime.fromisoformat(f"{stamp[:26].rstrip('Z').ljust(26, '0')}+00:00").timestamp()
+    time_s = timestamp_s(headers["Nats-Time-Stamp"])
     return Raw(int(headers["Nats-Sequence"]), time_s, headers["Nats-Subject"], message.data)
 
 
@@ -100,7 +105,7 @@ class StreamReader:
                 headers = message.headers or {}
                 status = headers.get("Status")
                 if status is None:
-                    found.append(_raw(message))
+                    found.append(raw_message(message))
                 elif status == "204":
                     return found, int(headers.get("Nats-Num-Pending", "0")) > 0
                 elif status == "404":
@@ -288,10 +293,3 @@ async def open_log(bus: Bus, run: str) -> AsyncIterator[Log]:
     """One run's log, with a reader of its own."""
     async with open_reader(bus, subjects.LOG_STREAM) as reader:
         yield Log(bus, run, reader)
-
-
-async def follow_dead(bus: Bus, run: str, after: int = 0) -> AsyncIterator[list[DeadLetter]]:
-    """Dead letters of a run, as they come."""
-    async with open_reader(bus, subjects.DEAD_STREAM) as reader:
-        async for found in reader.follow(subjects.dead("*", run), after):
-            yield [decode(raw.data, DeadLetter, raw.subject) for raw in found]

@@ -2,20 +2,23 @@
 
 from collections.abc import Sequence
 
+from nats.js import JetStreamContext
 from nats.js.api import (
     AckPolicy,
     ConsumerConfig,
+    ConsumerInfo,
     DiscardPolicy,
     RetentionPolicy,
     StorageType,
     StreamConfig,
 )
-from nats.js.errors import BadRequestError, NotFoundError
+from nats.js.errors import APIError, BadRequestError, NotFoundError
 
-from bus.connection import Bus
-from bus.subjects import WORK_STREAMS, durable, streams, token, work
+from bus.connection import STORE_FULL, Bus
+from bus.errors import Full
+from bus.subjects import LOG_STREAM, WORK_STREAMS, durable, streams, token, work
 
-ACK_WAIT_S = 10.0
+ACK_WAIT_S = 5.0
 """A message whose holder gives no sign for so long is delivered again; holders give one every third of it."""
 
 _STREAM_NAME_IN_USE = 10058
@@ -32,7 +35,7 @@ def _stream(name: str, subjects: list[str]) -> StreamConfig:
     if name in WORK_STREAMS.values():
         config.retention = RetentionPolicy.WORK_QUEUE
         config.duplicate_window = 120
-        config.max_bytes = 8 << 30
+        config.max_msgs = 100_000  # a fuse; room for a limit in bytes would be set aside at once
     elif name.startswith("KV_"):
         config.max_msgs_per_subject = 1
         config.allow_rollup_hdrs = True
@@ -42,17 +45,39 @@ def _stream(name: str, subjects: list[str]) -> StreamConfig:
     return config
 
 
-async def provision(bus: Bus, run: str, tools: Sequence[str]) -> None:
-    """Make what the deployment and one run of it need; harmless when it is there already."""
-    token(run, "the run's name")
-    manager = bus.client.jetstream(timeout=10.0)
-    for name, subjects in streams().items():
+async def _make(manager: JetStreamContext, config: StreamConfig) -> None:
+    """Make a stream, or bring it up to date; a limit that is not given stays as it is."""
+    name = str(config.name)
+    try:
         try:
-            await manager.add_stream(_stream(name, subjects))
+            await manager.add_stream(config)
         except BadRequestError as error:
             if error.err_code != _STREAM_NAME_IN_USE:
                 raise
-            await manager.update_stream(_stream(name, subjects))
+            if config.max_bytes is None:
+                config.max_bytes = (await manager.stream_info(name)).config.max_bytes
+            await manager.update_stream(config)
+    except APIError as error:
+        if error.err_code in STORE_FULL:
+            raise Full(name, f"the server cannot set {config.max_bytes} bytes aside") from error
+        raise
+
+
+async def provision(
+    bus: Bus, run: str, tools: Sequence[str], *, log_limit_bytes: int | None = None
+) -> None:
+    """Make what the deployment and one run of it need; harmless when it is there already.
+
+    The limit is that of the log of all runs; without one it stays as it is, at first unlimited.
+    Raises Full when the server has no room for it.
+    """
+    token(run, "the run's name")
+    manager = bus.client.jetstream(timeout=10.0)
+    for name, subjects in streams().items():
+        config = _stream(name, subjects)
+        if name == LOG_STREAM:
+            config.max_bytes = log_limit_bytes
+        await _make(manager, config)
     wanted = [("GEN", durable(run), work("gen", run)), ("SCORE", durable(run), work("score", run))]
     for tool in tools:
         name = durable(run, token(tool, "the tool's name"))
@@ -72,3 +97,16 @@ async def provision(bus: Bus, run: str, tools: Sequence[str]) -> None:
                     max_waiting=4096,
                 ),
             )
+
+
+async def delete_consumers(bus: Bus, run: str) -> None:
+    """Delete what `provision` made for a run; the streams are everyone's and stay."""
+    manager = bus.client.jetstream(timeout=10.0)
+    for stage, stream in WORK_STREAMS.items():
+        found: list[ConsumerInfo] = []
+        while page := await manager.consumers_info(stream, len(found)):
+            found += page
+        for info in found:
+            subject = str(info.config.filter_subject)
+            if subject == work(stage, run) or subject.startswith(f"tool.{run}."):
+                await manager.delete_consumer(stream, info.name)

@@ -2,22 +2,38 @@
 
 The object store's wire format is NATS's own (ADR-20), so other clients read what we write; nats-py's is not used
 because its `get` takes quadratic time (issue 703). Values and objects are read by direct gets, which need no consumer.
+
+An object is chunks on a subject of their upload's own, and then a message that names them: a writer that dies before it
+leaves chunks that nobody names, and `delete_orphans` takes them away. A run owns its objects: nothing is shared between
+runs, so that what one deletes no other misses.
 """
 
 import asyncio
 import base64
 import hashlib
 import json
+import time
 import uuid
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import structlog
 
 from bus.connection import Bus, Message
-from bus.errors import Corrupt, Missing
-from bus.log import open_reader
+from bus.errors import Corrupt, Full, Missing, Unavailable
+from bus.log import Raw, open_reader, raw_message, timestamp_s
+
+log = structlog.get_logger()
 
 _CHUNK_BYTES = 512 << 10
 _CHUNKS_IN_FLIGHT = 8
+_UPLOAD_S = 60.0
+"""How long an upload is begun again when the server does not confirm it."""
+_AGAIN_S = 0.5
+
+_NO_MESSAGE = frozenset({10037, 10043, 10057})
+"""The server's codes for a sequence that is not there, or not any more."""
 
 
 class Value(NamedTuple):
@@ -31,6 +47,39 @@ class Value(NamedTuple):
 async def _last(bus: Bus, stream: str, subject: str) -> Message | None:
     message = await bus.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"")
     return None if (message.headers or {}).get("Status") else message
+
+
+async def _ask(bus: Bus, verb: str, stream: str, query: dict[str, Any]) -> dict[str, Any]:
+    """What the server answers about a stream; its refusal is in `error`. Raises Unavailable."""
+    answer = await bus.request(f"$JS.API.STREAM.{verb}.{stream}", json.dumps(query).encode())
+    found: dict[str, Any] = json.loads(answer.data)
+    error = found.get("error")
+    if error and error.get("err_code") not in _NO_MESSAGE:
+        raise Unavailable(stream, str(error.get("description")))
+    return found
+
+
+async def purge(bus: Bus, stream: str, subject: str, *, through_seq: int = 0) -> int:
+    """Delete a stream's messages on a subject, up to a sequence when one is given; returns how many."""
+    query: dict[str, Any] = {"filter": subject}
+    if through_seq:
+        query["seq"] = through_seq + 1
+    return int((await _ask(bus, "PURGE", stream, query)).get("purged", 0))
+
+
+async def delete_message(bus: Bus, stream: str, seq: int) -> bool:
+    """Delete one message; False when it is not there any more."""
+    return "error" not in await _ask(bus, "MSG.DELETE", stream, {"seq": seq, "no_erase": True})
+
+
+async def messages(bus: Bus, stream: str, subject: str) -> AsyncIterator[Raw]:
+    """Everything that a stream holds on a subject now, in order."""
+    async with open_reader(bus, stream) as reader:
+        async for raw in reader.read(subject):
+            yield raw
+
+
+# -- keys ------------------------------------------------------------------------------------------
 
 
 async def get(bus: Bus, bucket: str, key: str) -> Value | None:
@@ -65,49 +114,164 @@ async def put(
     return await bus.store(f"$KV.{bucket}.{key}", data, headers or None)
 
 
-def _meta_subject(bucket: str, name: str) -> str:
-    return f"$O.{bucket}.M.{base64.urlsafe_b64encode(name.encode()).decode()}"
+async def delete(bus: Bus, bucket: str, key: str) -> None:
+    """Remove a key and its value."""
+    await purge(bus, f"KV_{bucket}", f"$KV.{bucket}.{key}")
 
 
-async def put_object(bus: Bus, bucket: str, data: bytes) -> str:
-    """Store bytes under their sha256 and return it; bytes that are there already are not sent again."""
-    digest = hashlib.sha256(data)
-    name = digest.hexdigest()
-    if await _last(bus, f"OBJ_{bucket}", _meta_subject(bucket, name)) is not None:
-        return name
-    upload = uuid.uuid4().hex
-    subject = f"$O.{bucket}.C.{upload}"
-    chunks = [data[at : at + _CHUNK_BYTES] for at in range(0, len(data), _CHUNK_BYTES)]
-    # one connection keeps the order, but a chunk that is sent again would come late: each expects its place
+# -- objects ---------------------------------------------------------------------------------------
+
+
+class Object(NamedTuple):
+    """An object as its bucket lists it."""
+
+    run: str
+    sha256: str
+    upload: str
+    """The token under which its chunks lie."""
+    chunks: int
+    size_bytes: int
+
+
+def _chunks(bucket: str, upload: str) -> str:
+    return f"$O.{bucket}.C.{upload}"
+
+
+def _meta_subject(bucket: str, run: str, sha256: str) -> str:
+    name = base64.urlsafe_b64encode(f"{run}.{sha256}".encode()).decode()
+    return f"$O.{bucket}.M.{name}"
+
+
+def _object(data: bytes) -> Object:
+    meta = json.loads(data)
+    run, _, sha256 = meta["name"].rpartition(".")
+    return Object(run, sha256, meta["nuid"], meta["chunks"], meta["size"])
+
+
+async def _find(bus: Bus, bucket: str, run: str, sha256: str) -> Object | None:
+    message = await _last(bus, f"OBJ_{bucket}", _meta_subject(bucket, run, sha256))
+    return None if message is None else _object(message.data)
+
+
+async def _is_whole(bus: Bus, bucket: str, found: Object) -> bool:
+    subject = _chunks(bucket, found.upload)
+    state = (await _ask(bus, "INFO", f"OBJ_{bucket}", {"subjects_filter": subject}))["state"]
+    return bool((state.get("subjects") or {}).get(subject, 0) == found.chunks)
+
+
+async def put_object(bus: Bus, bucket: str, run: str, data: bytes) -> str:
+    """Store a run's bytes under their sha256 and return it; what is there already, whole, is not sent again.
+
+    Raises Full (see `Bus.waits_when_full`), Unavailable.
+    """
+    sha256 = hashlib.sha256(data).hexdigest()
+    found = await _find(bus, bucket, run, sha256)
+    if found is not None and await _is_whole(bus, bucket, found):
+        return sha256
+    end = time.monotonic() + _UPLOAD_S
+    while True:
+        upload = uuid.uuid4().hex
+        chunks = [data[at : at + _CHUNK_BYTES] for at in range(0, len(data), _CHUNK_BYTES)]
+        made = Object(run, sha256, upload, len(chunks), len(data))
+        try:
+            await _send(bus, _chunks(bucket, upload), chunks)
+            whole = await _is_whole(bus, bucket, made)
+        except (Full, Unavailable) as error:
+            waits = isinstance(error, Full) and bus.waits_when_full
+            if bus.closed.is_set() or not (waits or time.monotonic() < end):
+                raise
+            log.warning("upload begun again", bucket=bucket, error=str(error))
+            await asyncio.sleep(_AGAIN_S)
+            continue
+        if whole:  # else it was stopped for so long that its chunks were taken for orphans
+            break
+    await bus.store(_meta_subject(bucket, run, sha256), _meta(bucket, made), _REPLACES)
+    return sha256
+
+
+async def _send(bus: Bus, subject: str, chunks: list[bytes]) -> None:
+    """Several at once: one connection keeps the order. One sent again would come late, so none is."""
     for first in range(0, len(chunks), _CHUNKS_IN_FLIGHT):
-        await asyncio.gather(
-            *(bus.store(subject, chunk) for chunk in chunks[first : first + _CHUNKS_IN_FLIGHT])
+        window = chunks[first : first + _CHUNKS_IN_FLIGHT]
+        sent = await asyncio.gather(
+            *(bus.store(subject, chunk, deadline_s=0.0) for chunk in window),
+            return_exceptions=True,
         )
+        for outcome in sent:
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+
+_REPLACES = {"Nats-Rollup": "sub"}
+
+
+def _meta(bucket: str, made: Object) -> bytes:
+    digest = base64.urlsafe_b64encode(bytes.fromhex(made.sha256)).decode()
     meta = {
-        "name": name,
+        "name": f"{made.run}.{made.sha256}",
         "bucket": bucket,
-        "nuid": upload,
-        "size": len(data),
-        "chunks": len(chunks),
-        "digest": "SHA-256=" + base64.urlsafe_b64encode(digest.digest()).decode(),
+        "nuid": made.upload,
+        "size": made.size_bytes,
+        "chunks": made.chunks,
+        "digest": f"SHA-256={digest}",
         "mtime": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
         "options": {"max_chunk_size": _CHUNK_BYTES},
     }
-    await bus.store(_meta_subject(bucket, name), json.dumps(meta).encode(), {"Nats-Rollup": "sub"})
-    return name
+    return json.dumps(meta).encode()
 
 
-async def get_object(bus: Bus, bucket: str, sha256: str) -> bytes:
-    """The bytes of that hash. Raises Missing or Corrupt."""
-    message = await _last(bus, f"OBJ_{bucket}", _meta_subject(bucket, sha256))
-    if message is None:
-        raise Missing(f"object {sha256} in {bucket}")
-    meta = json.loads(message.data)
-    parts: list[bytes] = []
-    async with open_reader(bus, f"OBJ_{bucket}") as reader:
-        async for raw in reader.read(f"$O.{bucket}.C.{meta['nuid']}"):
-            parts.append(raw.data)
-    data = b"".join(parts)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise Corrupt(bucket, sha256)
-    return data
+async def get_object(bus: Bus, bucket: str, run: str, sha256: str) -> bytes:
+    """A run's bytes of that hash. Raises Missing, also when it is deleted meanwhile, or Corrupt."""
+    found = await _find(bus, bucket, run, sha256)
+    while found is not None:
+        subject = _chunks(bucket, found.upload)
+        data = b"".join([raw.data async for raw in messages(bus, f"OBJ_{bucket}", subject)])
+        if hashlib.sha256(data).hexdigest() == sha256:
+            return data
+        read, found = found, await _find(bus, bucket, run, sha256)
+        if found == read:
+            raise Corrupt(bucket, sha256)
+    raise Missing(f"object {sha256} of {run} in {bucket}")
+
+
+async def objects(bus: Bus, bucket: str, run: str = "") -> list[Object]:
+    """All objects of a run, or of all."""
+    found = [_object(raw.data) async for raw in messages(bus, f"OBJ_{bucket}", f"$O.{bucket}.M.>")]
+    return [each for each in found if not run or each.run == run]
+
+
+async def object_messages(bus: Bus, bucket: str, found: Object) -> AsyncIterator[Raw]:
+    """What an object is made of: its chunks, then the message that names them."""
+    for subject in (
+        _chunks(bucket, found.upload),
+        _meta_subject(bucket, found.run, found.sha256),
+    ):
+        async for raw in messages(bus, f"OBJ_{bucket}", subject):
+            yield raw
+
+
+async def delete_object(bus: Bus, bucket: str, found: Object) -> None:
+    """Remove an object: its name first, so that no reader begins on what is going."""
+    await purge(bus, f"OBJ_{bucket}", _meta_subject(bucket, found.run, found.sha256))
+    await purge(bus, f"OBJ_{bucket}", _chunks(bucket, found.upload))
+
+
+async def delete_orphans(bus: Bus, bucket: str, older_s: float) -> int:
+    """Delete chunks that no object names and to which none was added for so long; returns how many.
+
+    They were left by a writer that died, or by one that lost to another with the same bytes.
+    """
+    stream = f"OBJ_{bucket}"
+    answer = await _ask(bus, "INFO", stream, {"subjects_filter": f"$O.{bucket}.C.*"})
+    now_s = timestamp_s(answer["ts"])
+    uploads = answer["state"].get("subjects") or {}
+    # read after the chunks: what was named in between is seen
+    named = {_chunks(bucket, each.upload) for each in await objects(bus, bucket)}
+    deleted = 0
+    for subject in uploads.keys() - named:
+        last = await _last(bus, stream, subject)
+        if last is not None and now_s - raw_message(last).time_s > older_s:
+            deleted += await purge(bus, stream, subject)
+    if deleted:
+        log.info("orphaned chunks deleted", bucket=bucket, chunks=deleted)
+    return deleted

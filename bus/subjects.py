@@ -40,9 +40,12 @@ TABLE = (
     Row("$KV.policy.*", "KV_policy", ("learner",), ("generator", "dispatcher")),
     Row("$O.weights.C.*", "OBJ_weights", ("learner",), ("generator",)),
     Row("$O.weights.M.*", "OBJ_weights", ("learner",), ("generator",)),
+    Row("$O.blobs.C.*", "OBJ_blobs", ("toolbox",), ("dispatcher", "operator")),
+    Row("$O.blobs.M.*", "OBJ_blobs", ("toolbox",), ("dispatcher", "operator")),
     Row("weights.*.ready", "", ("learner",), ("generator", "dispatcher")),
     Row("$KV.private.*.*", "KV_private", ("dispatcher",), ("scorer",)),
-    Row("$KV.lease.*.*", "KV_lease", ("dispatcher",), ("dispatcher",)),
+    Row("$KV.lease.*.dispatcher", "KV_lease", ("dispatcher",), ("dispatcher",)),
+    Row("$KV.lease.*.recorder", "KV_lease", ("recorder",), ("recorder",)),
     Row("hb.*.*", "", EVERYONE, ("supervisor", "dispatcher", "operator")),
     Row("dead.*.*", "DEAD", ("generator", "toolbox", "scorer"), ("dispatcher", "operator")),
 )
@@ -101,7 +104,7 @@ def work(stage: Stage, run: str, tool: str = "") -> str:
 
 def durable(run: str, tool: str = "") -> str:
     """The one consumer of a (stage, run[, tool])."""
-    return f"{run}_{tool}" if tool else run
+    return f"{run}={tool}" if tool else run  # no token has a "="
 
 
 def ready(run: str) -> str:

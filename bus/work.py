@@ -9,6 +9,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from typing import NamedTuple
 
 from nats.errors import Error as NatsError
 
@@ -17,7 +18,7 @@ from bus.codec import decode, encode
 from bus.connection import Bus, Message, wait
 from bus.provision import ACK_WAIT_S
 from bus.subjects import Stage
-from schemas.messages import DeadLetter, Work
+from schemas.messages import Work
 from schemas.trajectory import Trajectory
 
 STATE_LIMIT_BYTES = 512 << 10
@@ -27,36 +28,30 @@ _PULL_EXPIRES_S = 5.0
 _IDLE_HEARTBEAT_S = 1.0
 
 
-def work_message(state: Trajectory, failures: int = 0) -> bytes:
+def work_message(state: Trajectory, failures: int = 0, *, with_state: bool = True) -> bytes:
     """The wake-up for a trajectory's next hop."""
-    data = encode(Work(trajectory=state.id, seq=state.seq, state=state, failures=failures))
-    if len(data) > STATE_LIMIT_BYTES:
-        data = encode(Work(trajectory=state.id, seq=state.seq, failures=failures))
-    return data
+    if with_state:
+        data = encode(Work(trajectory=state.id, seq=state.seq, state=state, failures=failures))
+        if len(data) <= STATE_LIMIT_BYTES:
+            return data
+    return encode(Work(trajectory=state.id, seq=state.seq, failures=failures))
 
 
-async def publish_work(bus: Bus, run: str, state: Trajectory, *, failures: int = 0) -> None:
-    """Wake the stage of the trajectory's next hop, if it has one."""
+async def publish_work(
+    bus: Bus, run: str, state: Trajectory, *, failures: int = 0, again: bool = False
+) -> None:
+    """Wake the stage of the trajectory's next hop, if it has one.
+
+    Two replicas that publish the same hop leave one message; with `again` it is never taken for an echo, and is
+    folded from the log by whoever takes it: it may have lain behind the first one.
+    """
     hop = state.next_hop
     if hop is None:
         return
     stage: Stage = hop.stage  # type: ignore[assignment]
-    # the id damps the echo of two replicas that publish the same hop; the sweep sends without one
-    headers = {"Nats-Msg-Id": f"{run}.{state.id}.{state.seq}.{failures}"}
-    await bus.store(subjects.work(stage, run, hop.tool), work_message(state, failures), headers)
-
-
-async def publish_again(bus: Bus, run: str, state: Trajectory) -> None:
-    """The sweep's wake-up: never taken for a duplicate."""
-    hop = state.next_hop
-    if hop is not None:
-        stage: Stage = hop.stage  # type: ignore[assignment]
-        await bus.store(subjects.work(stage, run, hop.tool), work_message(state))
-
-
-async def publish_dead(bus: Bus, letter: DeadLetter) -> None:
-    """Put a message aside, with why."""
-    await bus.store(subjects.dead(letter.stage, letter.run), encode(letter))
+    headers = None if again else {"Nats-Msg-Id": f"{run}.{state.id}.{state.seq}.{failures}"}
+    data = work_message(state, failures, with_state=not again)
+    await bus.store(subjects.work(stage, run, hop.tool), data, headers)
 
 
 class Delivery:
@@ -67,7 +62,9 @@ class Delivery:
         self._message = message
         self.payload = message.data
         self.subject = message.subject
-        self.redelivered = message.metadata.num_delivered > 1
+        self.deliveries = message.metadata.num_delivered
+        """1 for the first; each holder that died, hung or gave it back adds one."""
+        self.redelivered = self.deliveries > 1
 
     def work(self) -> Work:
         """What it says. Raises BadMessage."""
@@ -214,14 +211,25 @@ async def open_queue(
             await inbox.unsubscribe()
 
 
-async def backlog(bus: Bus, run: str, tools: Sequence[str]) -> frozenset[str]:
-    """The stages of a run whose queues hold messages that nobody has taken yet. Raises Unavailable."""
-    queues: list[tuple[Stage, str]] = [("gen", ""), ("score", ""), *(("tool", t) for t in tools)]
-    waiting = set()
-    for stage, tool in queues:
+class Queue(NamedTuple):
+    """How a work queue stands."""
+
+    waiting: int = 0
+    """Messages that nobody has taken yet."""
+    taken: int = 0
+    """Messages given out so far, those given out again included."""
+
+
+async def backlog(bus: Bus, run: str, tools: Sequence[str]) -> dict[str, Queue]:
+    """The queues of a run, by `gen`, `score` and `tool.<name>`. Raises Unavailable."""
+    stages: list[tuple[Stage, str]] = [("gen", ""), ("score", ""), *(("tool", t) for t in tools)]
+    queues = {}
+    for stage, tool in stages:
         stream = subjects.WORK_STREAMS[stage]
         name = subjects.durable(run, tool)
         answer = await bus.request(f"$JS.API.CONSUMER.INFO.{stream}.{name}", b"")
-        if json.loads(answer.data).get("num_pending"):
-            waiting.add(stage)
-    return frozenset(waiting)
+        info = json.loads(answer.data)
+        if "error" not in info:
+            taken = int(info["delivered"]["consumer_seq"])
+            queues[f"tool.{tool}" if tool else stage] = Queue(int(info["num_pending"]), taken)
+    return queues

@@ -5,6 +5,8 @@ prompt_ids(messages)      <system><user><generation prompt>
 observation_ids(texts)                                      <end of turn><observation><generation prompt>
 """
 
+import contextlib
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +20,7 @@ from schemas.task import ChatMessage
 
 _ASSISTANT = "zqassistantzq"
 _OBSERVATION = "zqobservationzq"
+_CALLED = "zqcalledzq"
 _PAD = " \n "
 
 
@@ -43,9 +46,7 @@ class Chat:
             )
         self._special = tuple(self._tokenizer.get_added_vocab())
         self._frame = lru_cache(maxsize=64)(self._render_frame)
-        self._prompt = lru_cache(maxsize=256)(  # all members of a group ask for the same one
-            lambda messages: self._encode(self._render(_plain(messages), None))
-        )
+        self._prompt = lru_cache(maxsize=256)(self._prompt_ids)  # a group's members ask for one
 
     def prompt_ids(
         self, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None = None
@@ -54,9 +55,7 @@ class Chat:
 
         `tools`: JSON schemas, for templates that write them. Raises ChatError.
         """
-        if tools is None:
-            return list(self._prompt(tuple(messages)))
-        return self._encode(self._render(_plain(messages), tools))
+        return list(self._prompt(tuple(messages), json.dumps(tools) if tools else ""))
 
     def observation_ids(self, texts: Sequence[str], role: str, ended: bool) -> list[int]:
         """What stands between a sampled turn and the next one: one message for each text.
@@ -76,10 +75,47 @@ class Chat:
         # Tokenised with the end of turn before it, as in a whole conversation, then cut.
         return ids[1:] if ended and ids[0] in self.end_ids else ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+    def shows_tools(self) -> bool:
+        """Whether the template writes the functions that the model may call."""
+        messages = [{"role": "user", "content": "?"}]
+        parameters: dict[str, Any] = {"type": "object", "properties": {}}
+        function = {"name": _CALLED, "description": "", "parameters": parameters}
+        return _CALLED in self._render(messages, [{"type": "function", "function": function}])
+
+    def write_calls(self, calls: Sequence[tuple[str, dict[str, str]]]) -> str:
+        """What the template writes for an assistant's turn that makes these calls (name, arguments), special tokens
+        included, without the end of the turn. Raises ChatError if it writes none."""
+        question = {"role": "user", "content": "?"}
+        before = self._render([question], None)
+        written = ""
+        for as_text in (False, True):  # some templates want the arguments as JSON already
+            with contextlib.suppress(TypeError):
+                turn = {"role": "assistant", "content": "", "tool_calls": _calls(calls, as_text)}
+                written = self._render([question, turn], None, open_turn=False)
+                break
+        # what opens a turn to speak need not open one that calls
+        while not written.startswith(before):
+            before = before[:-1]
+        written = written[len(before) :]
+        names = [written.rfind(name) for name, _ in calls]
+        if not written or min(names, default=-1) < 0:
+            raise ChatError('the chat template writes no calls: use tools.format = "hermes"')
+        ends = [written.find(end, max(names)) for end in self._end_texts()]
+        return written[: min((end for end in ends if end >= 0), default=len(written))]
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of tokens, without special ones; with `special`, only without those that end the turn."""
+        ids = list(ids)
+        while special and ids and ids[-1] in self.end_ids:
+            del ids[-1]
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=not special)
         return text
+
+    def _end_texts(self) -> list[str]:
+        return [self._tokenizer.decode([end]) for end in self.end_ids]
+
+    def _prompt_ids(self, messages: tuple[ChatMessage, ...], tools: str) -> list[int]:
+        return self._encode(self._render(_plain(messages), json.loads(tools) if tools else None))
 
     def _encode(self, text: str, **how: bool) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, **how)
@@ -90,10 +126,16 @@ class Chat:
         text = text.lstrip() if frame.strips_left else text
         return text.rstrip() if frame.strips_right else text
 
-    def _render(self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None) -> str:
+    def _render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        *,
+        open_turn: bool = True,
+    ) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, tokenize=False
+                messages, tools=tools, add_generation_prompt=open_turn, tokenize=False
             )
         except jinja2.TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
@@ -127,6 +169,20 @@ class Chat:
         if not strips_left:
             pieces[:-1] = [piece.removesuffix(_PAD) for piece in pieces[:-1]]
         return _Frame(tuple(pieces), strips_left, strips_right)
+
+
+def _calls(calls: Sequence[tuple[str, dict[str, str]]], as_text: bool) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"zqcallid{index}",  # nine characters, as some templates demand
+            "type": "function",
+            "function": {
+                "name": name,
+                "arguments": json.dumps(arguments) if as_text else arguments,
+            },
+        }
+        for index, (name, arguments) in enumerate(calls)
+    ]
 
 
 def _plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:

@@ -21,17 +21,22 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run; None when there is none."""
-    return max(_checkpoints(folder), key=_step_of, default=None)
+def latest_checkpoint(folder: Path, last_step: int | None = None) -> Path | None:
+    """The newest whole checkpoint of a run, of no later step than `last_step`; None when there is none."""
+    found = [p for p in checkpoints(folder) if last_step is None or step_of(p) <= last_step]
+    return found[-1] if found else None
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what interrupted writers left behind."""
+    """Delete all but the newest `keep` and that of step 0, and what interrupted writers left behind.
+
+    From step 0 a whole run can be replayed.
+    """
     for path in (*folder.glob(".*.writing"), *folder.glob(".*.removing")):
         shutil.rmtree(path)
-    for path in sorted(_checkpoints(folder), key=_step_of, reverse=True)[keep:]:
-        _remove(path)
+    for path in checkpoints(folder)[:-keep]:
+        if step_of(path) > 0:
+            _remove(path)
 
 
 def write_folder(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
@@ -65,13 +70,15 @@ def _remove(path: Path) -> None:
     shutil.rmtree(removing)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
-    return [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=step_of)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step after which a checkpoint was written."""
     return int(path.name.removeprefix("step-"))
 
 

@@ -28,11 +28,17 @@ class TokenLogprobs(NamedTuple):
     logprobs_K: torch.Tensor
     """Under softmax(logits / temperature); has the gradient."""
     entropies_K: torch.Tensor
-    """Of the whole distribution, in nats; detached."""
+    """Of the whole distribution, in nats; with gradient only when asked for."""
+    hidden_KH: torch.Tensor
+    """The decoder's last hidden states where the tokens were predicted; detached."""
 
 
 def sampled_logprobs(
-    model: Any, batch: MicroBatch, temperature: float, dtype: torch.dtype
+    model: Any,
+    batch: MicroBatch,
+    temperature: float,
+    dtype: torch.dtype,
+    entropy_gradient: bool = False,
 ) -> TokenLogprobs:
     """Recompute the log-probabilities of a micro-batch's sampled tokens with a Hugging Face causal model.
 
@@ -51,7 +57,8 @@ def sampled_logprobs(
         hidden_KH = hidden_RLH.flatten(0, 1).index_select(0, sources_K)
         chunk = max(1, _CHUNK_LOGITS // head.weight.shape[0])
         if len(targets_K) <= chunk:
-            return _of_tokens(head, hidden_KH, targets_K, temperature)
+            found = _of_tokens(head, hidden_KH, targets_K, temperature, entropy_gradient)
+            return TokenLogprobs(*found, hidden_KH.detach())
         parts = [
             checkpoint(
                 _of_tokens,
@@ -59,6 +66,7 @@ def sampled_logprobs(
                 hidden_CH,
                 targets_C,
                 temperature,
+                entropy_gradient,
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
@@ -67,7 +75,7 @@ def sampled_logprobs(
             )
         ]
     logprobs, entropies = zip(*parts, strict=True)
-    return TokenLogprobs(torch.cat(logprobs), torch.cat(entropies))
+    return TokenLogprobs(torch.cat(logprobs), torch.cat(entropies), hidden_KH.detach())
 
 
 def hidden_states(model: Any, batch: MicroBatch, dtype: torch.dtype) -> torch.Tensor:
@@ -92,12 +100,13 @@ def _of_tokens(
     hidden_CH: torch.Tensor,
     targets_C: torch.Tensor,
     temperature: float,
-) -> TokenLogprobs:
+    entropy_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     logprobs_CV = torch.log_softmax(head(hidden_CH).float() / temperature, dim=-1)
     logprobs_C = logprobs_CV.gather(1, targets_C.unsqueeze(1)).squeeze(1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropies_C = -(logprobs_CV.exp() * logprobs_CV).sum(-1)
-    return TokenLogprobs(logprobs_C, entropies_C)
+    return logprobs_C, entropies_C
 
 
 class _Probe(NamedTuple):

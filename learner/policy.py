@@ -17,18 +17,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from learner.advantages import grpo
+from learner.batch import Survey, Tokens, tokens_of
 from learner.checkpoints import write_folder
-from learner.errors import BadCheckpoint, LearnerError, NotFinite, UnsupportedModel
-from learner.logprobs import refuse_unless_packable, sampled_logprobs
-from learner.losses import clipped_surrogate
+from learner.errors import BadCheckpoint, LearnerError, NotFinite
+from learner.logprobs import TokenLogprobs, refuse_unless_packable, sampled_logprobs
+from learner.models import ValueHead, fastest_dtype, load_frozen, load_model
+from learner.objective import MicroLoss, Objective
 from learner.pack import Masked, MicroBatch, pack
 from learner.samples import Sample
 from schemas.recipe import Recipe
@@ -37,8 +37,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
-LossOf = Callable[[MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""The summed loss of a micro-batch, and detached sums for metrics."""
+_VALUE_HEAD = "value_head."
+"""Before the names of its parameters, in a checkpoint."""
+
+LossOf = Callable[[MicroBatch], MicroLoss]
 
 
 class _Saved(NamedTuple):
@@ -48,6 +50,7 @@ class _Saved(NamedTuple):
     weights: dict[str, torch.Tensor]
     moments: dict[torch.Tensor, dict[str, torch.Tensor]]
     generators: dict[str, torch.Tensor]
+    value_head: dict[str, torch.Tensor]
 
 
 class Policy:
@@ -62,7 +65,13 @@ class Policy:
         self.model = model.eval()  # no dropout: the engine, with which we compare, has none
         self.dtype = _DTYPES[config.policy.dtype]
         """Of the weights that leave."""
-        self._product_dtype = _fastest_dtype(self.dtype, model.device)
+        self._product_dtype = fastest_dtype(self.dtype, model.device)
+        self._width: int = model.config.get_text_config().hidden_size
+        self.value_head: ValueHead | None = None
+        if config.learner.advantage.estimator == "gae":
+            self.value_head = ValueHead(self._width).to(model.device)
+        self._reference: Any = None
+        self._teacher: Any = None
         self.optimizer: torch.optim.AdamW
         self.restart_optimizer()
 
@@ -74,20 +83,7 @@ class Policy:
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            opened: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UnsupportedModel(str(folder), str(error)) from error
-        model, loaded = opened
-        if loaded["missing_keys"]:  # transformers would make them up
-            raise UnsupportedModel(str(folder), f"no weights for {min(loaded['missing_keys'])}")
-        return cls(folder, model.to(device), config)
+        return cls(folder, load_model(folder).to(device), config)
 
     def restart_optimizer(self) -> None:
         """Forget the optimizer's moments, as between the cold start and reinforcement learning."""
@@ -98,53 +94,102 @@ class Policy:
             [
                 {"params": matrices, "weight_decay": decay},
                 {"params": vectors, "weight_decay": 0.0},  # norms and biases keep their scale
+                *(
+                    [{"params": list(self.value_head.parameters()), "weight_decay": 0.0}]
+                    if self.value_head
+                    else []
+                ),
             ],
             lr=0.0,
             fused=True,
         )
 
+    def hold_reference(self, folder: Path) -> None:
+        """The model that `kl.coefficient` keeps the policy near to. Raises UnsupportedModel."""
+        self._reference = load_frozen(folder, self.model)
+
+    def hold_teacher(self, folder: Path) -> None:
+        """The model that the policy is distilled from. Raises UnsupportedModel."""
+        self._teacher = load_frozen(folder, self.model)
+
     # -- steps -------------------------------------------------------------------------------------
 
     def train_step(self, groups: Sequence[Sequence[Sample]], step: int) -> dict[str, float]:
-        """One optimizer step on whole groups; `step` counts from 1 and sets the learning rate.
+        """One step on whole groups; `step` counts from 1, is the version it makes, and sets the learning rate.
 
-        Returns loss, grad_norm, learning_rate, train_tokens, computed_tokens and, as means over all sampled tokens,
-        entropy, kl_behaviour, is_ratio_mean, masked_token_fraction, clip_fraction.
-        Raises NotFinite, and LearnerError when nothing was sampled; then nothing was updated.
+        Returns loss, grad_norm, learning_rate, train_tokens, computed_tokens; as means over all sampled tokens
+        entropy, kl_behaviour, is_ratio_mean, masked_token_fraction, clip_fraction, and where the recipe has them
+        kl_reference, value_loss; and what `Objective.metrics` names. Of several updates the means.
+        Raises NotFinite, and LearnerError when nothing was sampled; then that update changed nothing.
         """
-        samples = [sample for group in groups for sample in group]
-        for sample in samples:
-            if not math.isfinite(sample.reward):
-                raise NotFinite(step, f"the reward of {sample.trajectory}", sample.reward)
-        advantages = [
-            grpo(np.array([sample.reward for sample in group], np.float32)) for group in groups
-        ]
-        counts = [sample.sampled_count for sample in samples]
-        advantages_N = torch.from_numpy(np.repeat(np.concatenate(advantages), counts))
-        behaviour_N = torch.from_numpy(
-            np.concatenate([sample.logprobs_T[sample.mask_T] for sample in samples])
-        )
-        temperature = self.config.sampling.temperature
-        device = self.model.device
+        for sample in (sample for group in groups for sample in group):
+            for reward in (sample.reward, *sample.turn_rewards):
+                if not math.isfinite(reward):
+                    raise NotFinite(step, f"the reward of {sample.trajectory}", reward)
+        if not any(sample.sampled_count for group in groups for sample in group):
+            raise LearnerError(f"step {step}: the batch has no sampled token")
+        tokens = tokens_of(groups, step, self.config, self._survey(groups))
+        updates = min(self.config.learner.updates_per_step, len(groups))
+        rows, first = [], 0
+        for update in range(updates):
+            part = groups[update * len(groups) // updates : (update + 1) * len(groups) // updates]
+            end = first + sum(sample.sampled_count for group in part for sample in group)
+            if first < end:
+                rows.append(self._update(part, tokens.part(first, end), step))
+            first = end
+        return rows[0] if len(rows) == 1 else _of_updates(rows)
 
-        def loss_of(batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            now = sampled_logprobs(self.model, batch, temperature, self._product_dtype)
-            tokens_K = torch.from_numpy(batch.tokens_K)
-            losses = clipped_surrogate(
-                now.logprobs_K,
-                behaviour_N[tokens_K].to(device),
-                advantages_N[tokens_K].to(device),
-                self.config.learner,
+    def _update(
+        self, groups: Sequence[Sequence[Sample]], tokens: Tokens, step: int
+    ) -> dict[str, float]:
+        """One optimizer update."""
+        config = self.config
+        objective = Objective(config, tokens, (config.seed, step))
+
+        def loss_of(batch: MicroBatch) -> MicroLoss:
+            now = self._logprobs(
+                self.model, batch, entropy_gradient=config.learner.loss.entropy > 0
             )
-            return losses.loss_K.sum(), {
-                "entropy": now.entropies_K.sum(),
-                "kl_behaviour": losses.kl_K.sum(),
-                "is_ratio_mean": losses.ratio_K.sum(),
-                "masked_token_fraction": losses.masked_K.sum(),
-                "clip_fraction": losses.clipped_K.sum(),
-            }
+            values_K = self.value_head(now.hidden_KH) if self.value_head else None
+            return objective(batch, now, values_K)
 
-        return self._step(groups, loss_of, step, self._learning_rate(step))
+        row = self._step(groups, loss_of, step, self._learning_rate(step), objective.divisor)
+        return row | objective.metrics()
+
+    def _logprobs(
+        self, model: Any, batch: MicroBatch, entropy_gradient: bool = False
+    ) -> TokenLogprobs:
+        temperature = self.config.sampling.temperature
+        return sampled_logprobs(model, batch, temperature, self._product_dtype, entropy_gradient)
+
+    @torch.no_grad()
+    def _survey(self, groups: Sequence[Sequence[Sample]]) -> Survey:
+        """Ask the models that the recipe's loss compares with, and no other."""
+        learner = self.config.learner
+        models: dict[str, Any] = {}
+        if learner.correction.proximal == "start":
+            models["start_N"] = self.model
+        if learner.kl.coefficient:
+            models["reference_N"] = self._reference
+        if learner.teacher.folder:
+            models["teacher_N"] = self._teacher
+        if missing := [name for name, model in models.items() if model is None]:
+            name = missing[0].removesuffix("_N")
+            raise LearnerError(f"the recipe needs a {name}: call hold_{name} first")
+        if not models and not self.value_head:
+            return Survey()
+        batches = pack(groups, learner.microbatch_tokens, row_tokens=self._width)
+        count = sum(len(batch.tokens_K) for batch in batches)
+        found = {name: torch.zeros(count) for name in models}
+        values_N = torch.zeros(count) if self.value_head else None
+        for batch in batches:
+            places_K = torch.from_numpy(batch.tokens_K)
+            for name, model in models.items():
+                found[name][places_K] = self._logprobs(model, batch).logprobs_K.cpu()
+            if self.value_head and values_N is not None:
+                hidden_KH = self._logprobs(self.model, batch).hidden_KH
+                values_N[places_K] = self.value_head(hidden_KH).cpu()
+        return Survey(**found, values_N=values_N)
 
     def supervised_step(
         self, conversations: Sequence[Masked], step: int, learning_rate: float
@@ -154,9 +199,9 @@ class Policy:
         Returns loss, grad_norm, learning_rate, train_tokens, computed_tokens, entropy. Raises as `train_step` does.
         """
 
-        def loss_of(batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def loss_of(batch: MicroBatch) -> MicroLoss:
             now = sampled_logprobs(self.model, batch, 1.0, self._product_dtype)
-            return -now.logprobs_K.sum(), {"entropy": now.entropies_K.sum()}
+            return MicroLoss(-now.logprobs_K.sum(), {"entropy": now.entropies_K.sum()})
 
         groups = [[conversation] for conversation in conversations]
         return self._step(groups, loss_of, step, learning_rate)
@@ -167,32 +212,42 @@ class Policy:
         loss_of: LossOf,
         step: int,
         learning_rate: float,
+        divisor: int = 0,
     ) -> dict[str, float]:
-        """Accumulate the gradient of the mean loss over micro-batches, clip it, update."""
-        width = self.model.config.get_text_config().hidden_size
-        batches = pack(groups, self.config.learner.microbatch_tokens, row_tokens=width)
+        """Accumulate the gradient of the loss over micro-batches, clip it, update.
+
+        The loss is their sum divided by `divisor`, or by the number of tokens.
+        """
+        batches = pack(groups, self.config.learner.microbatch_tokens, row_tokens=self._width)
         token_count = sum(len(batch.tokens_K) for batch in batches)
         if not token_count:
             raise LearnerError(f"step {step}: the batch has no sampled token")
+        divisor = divisor or token_count
         self.optimizer.zero_grad(set_to_none=True)
         sums: defaultdict[str, float] = defaultdict(float)
         for batch in batches:
             loss, parts = loss_of(batch)
-            (loss / token_count).backward()  # type: ignore[no-untyped-call]
+            (loss / divisor).backward()  # type: ignore[no-untyped-call]
             for name, part in {"loss": loss, **parts}.items():
                 sums[name] += part.item()
-        means = {name: value / token_count for name, value in sums.items()}
-        grad_norm = float(
-            torch.nn.utils.clip_grad_norm_(
-                self.model.parameters(), self.config.learner.max_grad_norm
-            )
-        )
+        means = {
+            name: value / (divisor if name == "loss" else token_count)
+            for name, value in sums.items()
+        }
+        limit = self.config.learner.max_grad_norm
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        if self.value_head:
+            torch.nn.utils.clip_grad_norm_(self.value_head.parameters(), limit)
         for name, value in {**means, "grad_norm": grad_norm}.items():
             if not math.isfinite(value):
                 self.optimizer.zero_grad(set_to_none=True)
                 raise NotFinite(step, name, value)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate
+        if self.value_head:
+            self.optimizer.param_groups[-1]["lr"] = (
+                self.config.learner.advantage.value_learning_rate
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {
@@ -251,6 +306,8 @@ class Policy:
         live = dict(self._tensors())
         for name, tensor in saved.weights.items():
             live[name].copy_(tensor)
+        if self.value_head:
+            self.value_head.load_state_dict(saved.value_head)
         self.restart_optimizer()
         self.optimizer.state.update(saved.moments)
         torch.set_rng_state(saved.generators["cpu"])
@@ -277,7 +334,12 @@ class Policy:
         wanted = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
         if not wanted <= generators.keys():
             raise ValueError(f"rng.safetensors lacks {min(wanted - generators.keys())}")
-        return _Saved(step, weights, moments, generators)
+        value_head: dict[str, torch.Tensor] = {}
+        if self.value_head:
+            value_head = load_file(path / "value_head.safetensors")
+            if _shapes(value_head) != _shapes(self.value_head.state_dict()):
+                raise ValueError("value_head.safetensors is another model's")
+        return _Saved(step, weights, moments, generators, value_head)
 
     def _checkpoint_files(self, step: int) -> Iterator[tuple[str, bytes]]:
         yield "model.safetensors", to_safetensors(dict(self._tensors()), {"format": "pt"})
@@ -287,6 +349,8 @@ class Policy:
             for moment, tensor in self.optimizer.state.get(parameter, {}).items()
         }
         yield "optimizer.safetensors", to_safetensors(moments)
+        if self.value_head:
+            yield "value_head.safetensors", to_safetensors(self.value_head.state_dict())
         generators = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             generators["cuda"] = torch.cuda.get_rng_state()
@@ -305,15 +369,21 @@ class Policy:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
+        if self.value_head:
+            for name, parameter in self.value_head.named_parameters():
+                yield _VALUE_HEAD + name, parameter
 
 
-def _fastest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """`dtype`, or float32 where that is faster and no less exact."""
-    if dtype == torch.bfloat16 and device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        if has["architecture"] == "x86_64" and not (has["avx512_bf16"] or has["amx_bf16"]):
-            return torch.float32
-    return dtype
+def _of_updates(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One row of a step's updates: tokens are summed, of maxima the largest is taken, of the rest the mean."""
+    found = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows if name in row]
+        if name in ("train_tokens", "computed_tokens"):
+            found[name] = sum(values)
+        else:
+            found[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    return found
 
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:

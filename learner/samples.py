@@ -1,9 +1,13 @@
-"""A scored trajectory as arrays.
+"""A scored trajectory as arrays, and a batch of them as one hash.
 
 Shapes: T tokens of a trajectory.
 """
 
+import hashlib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from struct import pack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +17,8 @@ from schemas.trajectory import Trajectory
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
+
+_TURN = re.compile(r"turn_(0|[1-9][0-9]{0,3})\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,6 +40,8 @@ class Sample:
     turns: int = 1
     tool_calls: int = 0
     """Calls that were run."""
+    turn_rewards: tuple[float, ...] = ()
+    """What the scorer gave to each turn, besides `reward`; shorter when later ones got nothing."""
 
     @property
     def prompt_length(self) -> int:
@@ -45,10 +53,40 @@ class Sample:
         """How many tokens the policy sampled."""
         return int(np.count_nonzero(self.mask_T))
 
+    @property
+    def turn_spans(self) -> list[tuple[int, int]]:
+        """Each turn as [first, end): a run of sampled tokens."""
+        edges = np.flatnonzero(np.diff(self.mask_T.astype(np.int8), prepend=0, append=0))
+        return [(int(first), int(end)) for first, end in edges.reshape(-1, 2)]
+
 
 def prompt_length(mask_T: BoolArray) -> int:
     """The number of given tokens before the first sampled one; T when nothing was sampled."""
     return int(mask_T.argmax()) if mask_T.any() else len(mask_T)
+
+
+def batch_sha256(groups: Sequence[Sequence[Sample]]) -> str:
+    """The hash of everything that a step trains on, in its order: two batches have the same or differ somewhere.
+
+    Each group is its number of members; each member its name, its tokens' ids, mask, log-probabilities and versions,
+    little-endian, each with its length before it, and its reward, and those of its turns if there are any.
+    """
+    digest = hashlib.sha256()
+    for group in groups:
+        digest.update(pack("<q", len(group)))
+        for sample in group:
+            for part in (
+                sample.trajectory.encode(),
+                sample.ids_T.astype("<i4", copy=False).tobytes(),
+                sample.mask_T.astype(np.uint8).tobytes(),
+                sample.logprobs_T.astype("<f4", copy=False).tobytes(),
+                sample.versions_T.astype("<i4", copy=False).tobytes(),
+            ):
+                digest.update(pack("<q", len(part)))
+                digest.update(part)
+            digest.update(pack("<d", sample.reward))
+            digest.update(pack(f"<{len(sample.turn_rewards)}d", *sample.turn_rewards))
+    return digest.hexdigest()
 
 
 def sample_of(trajectory: Trajectory) -> Sample:
@@ -73,4 +111,11 @@ def sample_of(trajectory: Trajectory) -> Sample:
         truncated=last is not None and (last.finish_reason != "stop" or bool(last.calls)),
         turns=sum(turn.finish_reason != "partial" for turn in trajectory.turns),
         tool_calls=len(trajectory.results),
+        turn_rewards=_turn_rewards(trajectory.scored.parts if trajectory.scored else {}),
     )
+
+
+def _turn_rewards(parts: dict[str, float]) -> tuple[float, ...]:
+    """The parts named `turn_0`, `turn_1`, … in order, 0 where one is missing."""
+    found = {int(match[1]): value for name, value in parts.items() if (match := _TURN.match(name))}
+    return tuple(found.get(turn, 0.0) for turn in range(max(found, default=-1) + 1))

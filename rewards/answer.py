@@ -2,8 +2,17 @@
 
 import re
 
+from schemas.trajectory import Trajectory
+
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _BOXED = "\\boxed{"
+
+
+def finished_answer(trajectory: Trajectory) -> str | None:
+    """What the last turn handed in by calling `finish`."""
+    calls = trajectory.turns[-1].calls if trajectory.turns else []
+    answers = [call.arguments.get("answer") for call in calls if call.tool == "finish"]
+    return str(answers[-1]).strip() if answers else None
 
 
 def tagged_answer(text: str) -> str | None:

@@ -3,7 +3,7 @@
 import re
 from decimal import Decimal
 
-from rewards.answer import boxed_answer, tagged_answer
+from rewards.answer import boxed_answer, finished_answer, tagged_answer
 from rewards.errors import BadTask
 from rewards.reward import Reward, Run
 from schemas.task import TaskRow
@@ -14,14 +14,18 @@ _NUMBER = re.compile(rf"(?<![\w.])[-+]?{_DIGITS}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]
 
 
 async def exact(task: TaskRow, trajectory: Trajectory, _run: Run) -> Reward:
-    r"""Compare the last turn's answer: in `<answer>…</answer>`, else in `\boxed{…}`, else the last number or the text.
+    r"""Compare what `finish` was called with, or the last turn's answer.
+
+    That is in `<answer>…</answer>`, else in `\boxed{…}`, else the last number or the text.
 
     Numbers are equal by value (1,234.0 and 1234). The part `answered` says whether there was an answer at all.
     """
     if "answer" not in task.private:
         raise BadTask("no_answer", f"the private part of {task.id} has no `answer`")
     expected = str(task.private["answer"])
-    given = final_answer(trajectory.turns[-1].text, expected) if trajectory.turns else None
+    given = finished_answer(trajectory)
+    if given is None and trajectory.turns:
+        given = final_answer(trajectory.turns[-1].text, expected)
     correct = given is not None and is_same(given, expected)
     return Reward(value=float(correct), parts={"answered": float(given is not None)})
 

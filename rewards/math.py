@@ -7,7 +7,7 @@ compute for ever (`9**9**9`); that is a wrong answer, not a failure.
 import json
 from typing import ClassVar
 
-from rewards.answer import tagged_answer
+from rewards.answer import finished_answer, tagged_answer
 from rewards.errors import BadTask, RewardError
 from rewards.reward import Reward, Run
 from schemas.task import TaskRow
@@ -43,11 +43,13 @@ class MathReward:
     imports: ClassVar[tuple[str, ...]] = ("math_verify",)
 
     async def __call__(self, task: TaskRow, trajectory: Trajectory, run: Run) -> Reward:
-        """Score the last turn's text, or what is inside its last `<answer>…</answer>`."""
+        """Score what `finish` was called with, or the last turn's text, or what its last `<answer>…</answer>` holds."""
         if "answer" not in task.private:
             raise BadTask("no_answer", f"the private part of {task.id} has no `answer`")
         text = trajectory.turns[-1].text if trajectory.turns else ""
-        tagged = tagged_answer(text)
+        tagged = finished_answer(trajectory)
+        if tagged is None:
+            tagged = tagged_answer(text)
         texts = {
             "expected": _as_latex(str(task.private["answer"])),
             "given": text if tagged is None else _as_latex(tagged),

@@ -20,6 +20,8 @@ class CheckedReward:
         self.name = name
         self.imports: tuple[str, ...] = tuple(getattr(function, "imports", ()))
         """Modules to have ready in the sandbox."""
+        self.deterministic = bool(getattr(function, "deterministic", True))
+        """The same trajectory always gets the same number, so that a replay can check it."""
         self._function = function
 
     async def __call__(self, task: TaskRow, trajectory: Trajectory, run: Run) -> Reward:

@@ -4,7 +4,8 @@
         return float(trajectory.turns[-1].text == task.private["answer"])
 
 Code of the policy, and code that works on its text with a library that may hang, goes through `run`: a fresh
-sandbox for each call. An attribute `imports` of the function names modules to have ready there.
+sandbox for each call. An attribute `imports` of the function names modules to have ready there. One that may give
+another number the next time says `deterministic = False`: a replay then takes what was recorded.
 """
 
 from collections.abc import Awaitable

@@ -7,7 +7,7 @@ Of a trajectory, on `log.<run>.t.<trajectory>.<kind>`:
     or it ends in expired, failed or dropped.
 
 Of a learner, on `log.<run>.l.<learner>.<kind>`: warmed*, then filtered* and step → stepped, again and again.
-Of the run, on `log.<run>.r.<kind>`: opened, paused, resumed, stopping, ended.
+Of the run, on `log.<run>.r.<kind>`: opened, paused, resumed, stopping, ended, archived.
 
 The kind is a class's name in lower case; it travels as the field `kind` and as the last token of the subject.
 New fields need defaults, and no field changes its type: then old and new processes can talk.
@@ -91,6 +91,18 @@ class Started(TrajectoryEvent, frozen=True, kw_only=True):
     call: int
 
 
+class StoredImage(msgspec.Struct, frozen=True, kw_only=True):
+    """An image of an observation; its bytes are in the run's blobs, under their hash."""
+
+    sha256: str
+    media_type: str
+    """`image/png`, …"""
+    size_bytes: int
+    width: int = 0
+    height: int = 0
+    """In pixels; 0 when its header does not say."""
+
+
 class Result(TrajectoryEvent, frozen=True, kw_only=True):
     """A toolbox's hop: what one call of the last turn returned. A tool's own error is a result too."""
 
@@ -103,6 +115,8 @@ class Result(TrajectoryEvent, frozen=True, kw_only=True):
     duration_ms: float = 0.0
     tier: str = ""
     """The sandbox tier that ran it."""
+    images: list[StoredImage] = []
+    """One for each placeholder in the text, in order; those beyond come after it."""
 
 
 class Scored(TrajectoryEvent, frozen=True, kw_only=True):
@@ -167,7 +181,7 @@ class Filtered(Event, frozen=True, kw_only=True):
     """A complete group that will not be trained; the dispatcher fills its slot again."""
 
     group: str
-    reason: Literal["zero_variance", "stale", "surplus"]
+    reason: Literal["zero_variance", "range", "stale", "surplus"]
     trajectories: list[str]
 
 
@@ -195,6 +209,8 @@ class Stepped(Event, frozen=True, kw_only=True):
     weights_sha256: str
     metrics: dict[str, Any]
     """One row of metrics.jsonl."""
+    batch_sha256: str = ""
+    """Of the batch as it was trained, by learner/samples.py: whoever folds the log again can compare."""
 
 
 # -- of the run ------------------------------------------------------------------------------------
@@ -228,11 +244,21 @@ class Ended(Event, frozen=True, kw_only=True):
     reason: str
 
 
+class Archived(Event, frozen=True, kw_only=True):
+    """The run is closed, and what the log held of it is in a file; only the run's own events stay."""
+
+    messages: int
+    sha256: str
+    """As the file's last frame says; see actors/archive.py."""
+    log_seq: int
+    """The last sequence of the log in it."""
+
+
 AnyTrajectoryEvent = (
     Admitted | Turn | Started | Result | Scored | Evaluated | Expired | Failed | Dropped
 )
 AnyLearnerEvent = Warmed | Filtered | Step | Stepped
-AnyRunEvent = Opened | Paused | Resumed | Stopping | Ended
+AnyRunEvent = Opened | Paused | Resumed | Stopping | Ended | Archived
 AnyEvent = AnyTrajectoryEvent | AnyLearnerEvent | AnyRunEvent
 
 TERMINAL = (Evaluated, Expired, Failed, Dropped)
@@ -257,5 +283,6 @@ OWNERS: dict[type[Event], str] = {
     Resumed: "supervisor",
     Stopping: "supervisor",
     Ended: "dispatcher",
+    Archived: "supervisor",
 }
 """The role that may append each kind."""

@@ -7,7 +7,9 @@ import msgspec
 from schemas.events import Boundary
 from schemas.trajectory import Trajectory
 
-RoleName = Literal["dispatcher", "generator", "toolbox", "scorer", "learner", "supervisor"]
+RoleName = Literal[
+    "dispatcher", "generator", "toolbox", "scorer", "learner", "recorder", "supervisor"
+]
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -46,6 +48,25 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
     for_s: float
 
 
+StallKind = Literal[
+    "no_replica", "silent", "blocked", "held", "lost", "queue", "learner", "dispatcher"
+]
+
+
+class Stall(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that stands still longer than it should. Made by the watchdog; `ps` and the terminal show it."""
+
+    kind: StallKind
+    subject: str
+    """Which replica, role, trajectory or queue."""
+    detail: str
+    """What stands still, where, and who has it."""
+    for_s: float
+
+    def __str__(self) -> str:
+        return f"{self.detail}, for {self.for_s:.0f} s"
+
+
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """A replica is alive; once a second on `hb.<role>.<replica>`, from a thread of its own."""
 
@@ -63,6 +84,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     loop_lag_s: float = 0.0
     """How long ago its event loop last ran; the thread sees what the loop cannot tell."""
     rss_bytes: int = 0
+    stalls: list[Stall] = []
+    """What the acting dispatcher, or a supervisor, sees stand still."""
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):

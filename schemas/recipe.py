@@ -16,6 +16,11 @@ Fraction = Annotated[float, Meta(ge=0, le=1)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
 
 
+_Value = bool | int | float | str | list[bool | int | float | str]
+OptionTable = dict[str, _Value | dict[str, _Value | dict[str, _Value | dict[str, _Value]]]]
+"""What TOML can say of one tool."""
+
+
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The base of every table of a recipe."""
 
@@ -58,16 +63,27 @@ class Tools(_Section, frozen=True):
 
     use: list[str] = []
     """Tool names, or `module:function` of your own."""
-    format: Literal["tagged"] = "tagged"
-    """`tagged`: `<python>…</python>`, the tag being the tool's name unless `tags` says otherwise."""
+    format: Literal["tagged", "hermes", "fenced", "llama", "json", "template"] = "tagged"
+    """`tagged`: `<python>…</python>`, the tag being the function's name unless `tags` says otherwise; `fenced`: code
+    blocks by their first word; `hermes`: `<tool_call>{…}</tool_call>`; `llama`, `json`: a bare object, `parameters`
+    or `arguments`; `template`: as the chat template writes calls, which also shows the policy the functions."""
     tags: dict[str, str] = {}
-    """Tool name to tag."""
+    """Function name to tag, or to a code block's first word."""
+    show: Literal["none", "template", "system"] = "none"
+    """How the policy learns what it may call: only from the task's messages; through the chat template; or written into
+    the system message."""
+    stop_after_call: bool = True
+    """A turn ends with its first call, where the format has an end to stop at; else the policy ends it."""
     tier: Literal["auto", "ns", "unsafe"] = "auto"
     """The sandbox tier; `auto` takes the strongest that passes its own attack test and refuses otherwise."""
     timeout_s: Seconds = 10.0
     """Wall clock of one call of the policy's code."""
     observation_chars: Positive = 4000
-    """A longer result is cut in the middle, and says so."""
+    """A longer result is cut, and says so; an image and its placeholder stay whole."""
+    keep: Literal["auto", "head", "tail", "both"] = "auto"
+    """Which side of it stays; `auto`: the tool says, and most keep both."""
+    options: dict[str, OptionTable] = {}
+    """Tool name to its own options; each may also have `timeout_s`, `observation_chars` and `keep` of its own."""
 
     @property
     def names(self) -> list[str]:
@@ -87,31 +103,134 @@ class ColdStart(_Section, frozen=True):
     """torch threads; the rest of the machine is idle in this phase."""
 
 
+class Advantage(_Section, frozen=True):
+    """How rewards become advantages; the formulas are in learner/advantages.py and learner/credit.py."""
+
+    estimator: Literal[
+        "grpo", "rloo", "opo", "reinforce++", "reinforce++_baseline", "gae", "none"
+    ] = "grpo"
+    """`none`: the reward plays no part, a teacher does."""
+    scale: Literal["none", "group", "batch"] = "none"
+    """Divide by the standard deviation of the group's, or of the whole batch's, rewards."""
+    credit: Literal["trajectory", "turns", "anchors"] = "trajectory"
+    """What an advantage is of: the whole trajectory; each turn, from `turn_<index>` among the reward's parts; or each
+    turn among all turns of the group that began from the same observation."""
+    discount: Fraction = 1.0
+    """Of a later reward, by turn; with `gae` by token."""
+    gae_lambda: Fraction = 1.0
+    value_learning_rate: Annotated[float, Meta(gt=0)] = 1e-3
+    """Of the value head that `gae` trains beside the policy."""
+    anchor_weight: NonNegativeFloat = 1.0
+    overlong_tokens: NonNegative = 0
+    """Below `policy.max_tokens` the reward falls over so many tokens, linearly; 0: not at all."""
+    overlong_penalty: NonNegativeFloat = 1.0
+    """What it has lost at the limit."""
+
+
+class Loss(_Section, frozen=True):
+    """What is minimised; the formulas are in learner/losses.py. `actors train --dry-run` prints the whole as a line."""
+
+    method: Literal["clip", "gspo", "cispo", "dppo", "reinforce"] = "clip"
+    clip_low: Fraction = 0.2
+    clip_high: NonNegativeFloat = 0.28
+    """The ratio is held within [1 - clip_low, 1 + clip_high]."""
+    dual_clip: NonNegativeFloat = 0.0
+    """The largest ratio of a token with a negative advantage; 0: none."""
+    divergence: Literal["tv", "kl"] = "tv"
+    divergence_max: Annotated[float, Meta(gt=0)] = 0.15
+    """For `dppo`: a token that has moved further takes no step away."""
+    clip_cov_fraction: Fraction = 0.0
+    """The share of all tokens, of those with a covariance within the bounds, that get no gradient; 0: none."""
+    clip_cov_min: float = 1.0
+    clip_cov_max: float = 5.0
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    constant_tokens: NonNegative = 0
+    """What `constant` divides each trajectory's sum by; 0: `policy.max_tokens`."""
+    entropy: NonNegativeFloat = 0.0
+    """The weight of the entropy bonus."""
+    mask_truncated: bool = False
+    """Trajectories cut off at a limit are compared with, but not trained."""
+
+
+class Correction(_Section, frozen=True):
+    """What is done about the distance between the engine and the learner; learner/corrections.py."""
+
+    proximal: Literal["behaviour", "start", "interpolated"] = "behaviour"
+    """The centre of the trust region: the engine's policy; the learner's as the step begins, computed once more; or one
+    in between, the nearer to the learner's the older a token is."""
+    token: Literal["mask", "truncate", "none"] = "mask"
+    """A token whose ratio learner/engine lies outside [ratio_min, ratio_max] is masked; or weights end at ratio_max."""
+    ratio_min: NonNegativeFloat = 0.5
+    ratio_max: Annotated[float, Meta(gt=1)] = 2.0
+    sequence: Literal["geometric", "product", "none"] = "geometric"
+    """A trajectory is masked whole when the geometric mean, or the product, of its tokens' ratios lies outside
+    [sequence_min, sequence_max]."""
+    sequence_min: NonNegativeFloat = 0.8
+    sequence_max: Annotated[float, Meta(gt=1)] = 1.25
+
+
+class Kl(_Section, frozen=True):
+    """What the policy is held near to."""
+
+    coefficient: NonNegativeFloat = 0.0
+    """The weight of the divergence from the reference; 0: there is none."""
+    reference: str = ""
+    """A Hugging Face folder; empty: version 0."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    place: Literal["loss", "reward"] = "loss"
+    weighted: bool = True
+    """In the loss: times learner/engine, which makes the gradient that of the divergence; masked tokens take no part."""
+    behaviour_coefficient: NonNegativeFloat = 0.0
+    """The weight, in the loss, of the divergence from the engine's policy."""
+
+
+class Teacher(_Section, frozen=True):
+    """On-policy distillation: a stronger model says of each sampled token how likely it was."""
+
+    folder: str = ""
+    """A Hugging Face folder with the same vocabulary; empty: no teacher."""
+    coefficient: Annotated[float, Meta(gt=0)] = 1.0
+
+
+class Filter(_Section, frozen=True):
+    """Which complete groups are not trained; others take their place."""
+
+    zero_variance: bool = True
+    """Those whose rewards are all equal."""
+    mean_reward: list[float] = []
+    """[least, most]: those whose mean reward is not within; empty: none."""
+
+
 class Learner(_Section, frozen=True):
-    """The optimisation. One optimizer step per batch."""
+    """The optimisation."""
 
     steps: NonNegative = 100
     groups_per_step: Positive = 16
-    """Groups trained in a step (zero-variance groups are not among them)."""
+    """Groups trained in a step (filtered groups are not among them)."""
     group_size: Annotated[int, Meta(ge=2)] = 8
     refill_limit: Annotated[float, Meta(ge=1)] = 3.0
     """A step closes at `groups_per_step` groups with signal, or, with at least one, when `refill_limit` times as many
     groups have completed since the last step."""
+    updates_per_step: Positive = 1
+    """Optimizer updates of a step, each on its share of the groups."""
     learning_rate: Annotated[float, Meta(gt=0)] = 1e-5
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: Annotated[float, Meta(gt=0)] = 1.0
     warmup_steps: NonNegative = 0
     """Steps over which the learning rate rises linearly from 0."""
-    clip_low: Fraction = 0.2
-    clip_high: NonNegativeFloat = 0.28
-    ratio_min: NonNegativeFloat = 0.5
-    ratio_max: Annotated[float, Meta(gt=1)] = 2.0
-    """A token whose ratio learner/engine lies outside [ratio_min, ratio_max] is masked."""
     microbatch_tokens: Positive = 8192
     """Tokens of one packed forward and backward pass."""
     threads: Positive = 1
     """torch threads."""
     checkpoint_every_steps: Positive = 10
+    weights_kept: Positive = 4
+    """Newest versions of the weights that stay in the store; beside them the first, and what evaluations need."""
+    advantage: Advantage = Advantage()
+    loss: Loss = Loss()
+    correction: Correction = Correction()
+    kl: Kl = Kl()
+    teacher: Teacher = Teacher()
+    filter: Filter = Filter()
 
 
 class Asynchrony(_Section, frozen=True):
@@ -160,6 +279,8 @@ class Replicas(_Section, frozen=True):
     generator: NonNegative = 1
     toolbox: NonNegative = 1
     scorer: NonNegative = 1
+    recorder: Annotated[int, Meta(ge=0, le=1)] = 1
+    """Writes the archive for analytics, docs/archive.md; a second one would only stand by."""
 
 
 class Evaluation(_Section, frozen=True):
@@ -187,6 +308,8 @@ class Deadlines(_Section, frozen=True):
     """Failures of a handler (kills do not count) before it fails with their cause."""
     drain_s: Seconds = 10.0
     """How long a replica that was told to stop may take to finish or hand back what it holds."""
+    hang_s: Seconds = 30.0
+    """A replica that gives no sign of life, or whose event loop stands still, for so long is killed and replaced."""
 
 
 class Recipe(_Section, frozen=True):
@@ -208,3 +331,8 @@ class Recipe(_Section, frozen=True):
     replicas: Replicas = Replicas()
     evaluation: Evaluation = Evaluation()
     deadlines: Deadlines = Deadlines()
+
+
+def stage_limits_s(deadlines: Deadlines) -> dict[str, float]:
+    """The deadline of each stage, by its name."""
+    return {"gen": deadlines.gen_s, "tool": deadlines.tool_s, "score": deadlines.score_s}

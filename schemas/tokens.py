@@ -93,6 +93,11 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
         return memoryview(self.versions).cast("i")
 
     @property
+    def sampled_ids(self) -> list[int]:
+        """The ids that the policy sampled, in order."""
+        return [id_ for id_, own in zip(self.ids_T, self.mask, strict=True) if own]
+
+    @property
     def sampled_count(self) -> int:
         """How many of the T tokens the policy sampled."""
         return self.mask.count(1)

@@ -16,7 +16,10 @@ from bus.embedded import free_port
 from schemas.recipe import Recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "arithmetic.toml"
-COMMANDS = ["train", "run", "stop", "pause", "resume", "eval", "ps", "tail", "show", "flow"]
+COMMANDS = [
+    *("train", "run", "stop", "pause", "resume", "eval", "ps", "tail", "show", "flow"),
+    *("archive", "dead", "verify", "replay"),
+]
 
 
 def actors(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -113,6 +113,7 @@ def finished(machine: Machine) -> list[dict[str, Any]]:
     joined.communicate(timeout=5)
     assert joined.returncode == 0
     assert not _listens(machine), "no port left"
+    assert "balanced: each has one fate" in machine.say("verify", "--run", "whole")
 
     second = machine.start("train", *SMALL)
     output, _ = second.communicate(timeout=600)
@@ -206,6 +207,25 @@ def test_the_learner_agrees_with_the_engine(finished: list[dict[str, Any]]) -> N
     assert first["staleness_max"] == 0
     assert abs(first["kl_behaviour"]) < 1e-6
     assert abs(first["is_ratio_mean"] - 1) < 1e-4
+
+
+def test_the_accounts_balance(machine: Machine, finished: list[dict[str, Any]]) -> None:
+    """`actors verify`, from the log of a run at rest: as many as were admitted have a fate, and none is in flight."""
+    found = json.loads(machine.say("verify", "--run", "whole", "--json"))
+    assert found["balanced"]
+    assert found["ended"]
+    assert found["steps"] == STEPS
+    assert found["in_flight"] == found["junk"] == 0
+    admitted = sum(event["kind"] == "admitted" for event in finished)
+    assert found["admitted"] == sum(found["fates"].values()) == admitted
+
+
+def test_the_run_can_be_replayed(machine: Machine, finished: list[dict[str, Any]]) -> None:
+    """`actors replay`: batches, rewards, losses and weights of every step come out equal, across the kill."""
+    process = machine.start("replay", "--run", "whole")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert f"equal: {STEPS} steps from step-000000: {STEPS} batches" in output
 
 
 def test_what_a_run_leaves(machine: Machine, finished: list[dict[str, Any]]) -> None:

@@ -1,42 +1,33 @@
-"""The `python` tool: runs code in a fresh sandbox. Stateless; tools that keep state come later."""
+"""The `python` tool, which runs each call in a fresh sandbox, and `python_session`, whose calls share their variables."""
 
-import signal
-
-from tools.sandbox.sandbox import Limits, Outcome
+from tools.function import tool
+from tools.outcome import observe, session_of, with_figures
 from tools.tool import Context, Observation
 
 
-async def python(context: Context, code: str) -> Observation:
-    """Run Python code and return what it prints; a last expression is printed too."""
-    outcome = await context.run(code, limits=context.limits)
-    text = outcome.output.decode(errors="replace")
-    end = _explain(outcome, context.limits)
-    if end and text and not text.endswith("\n"):
-        text += "\n"
-    ok = outcome.reason == "exit" and outcome.exit_code == 0
-    return Observation(text=text + end or "(no output)", ok=ok)
+async def python(context: Context, code: str, stdin: str = "") -> Observation:
+    """Run Python code and return what it prints; a last expression is printed too, and matplotlib figures are shown.
+
+    Nothing is kept for the next call.
+
+    Args:
+        code: The program.
+        stdin: What the program reads from its standard input.
+    """
+    limits = with_figures(context.limits)
+    return observe(await context.run(code, stdin=stdin.encode(), limits=limits), limits)
 
 
-def _explain(outcome: Outcome, limits: Limits) -> str:
-    """Why it ended, where what it printed does not say so itself."""
-    match outcome.reason:
-        case "wall":
-            return f"Timed out after {limits.wall_s:g} s."
-        case "memory":
-            return f"Killed: it used more than {limits.memory_bytes >> 20} MB of memory."
-        case "output":
-            return f"Killed: it printed more than {limits.output_bytes} bytes."
-    if outcome.exit_code == -signal.SIGXCPU:
-        return f"Killed: it used more than {limits.cpu_s} s of processor time."
-    if outcome.exit_code < 0:
-        return f"Killed by {_signal_name(-outcome.exit_code)}."
-    if outcome.exit_code > 0 and not outcome.output:
-        return f"Ended with exit code {outcome.exit_code}."
-    return ""
+@tool(session=True)
+async def python_session(context: Context, code: str, stdin: str = "") -> Observation:
+    """Run Python code like a notebook cell: variables, imports, files and background processes are kept for later calls.
 
+    What it prints is returned; a last expression is printed too, and matplotlib figures are shown.
 
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
+    Args:
+        code: The cell.
+        stdin: What the code reads from its standard input.
+    """
+    limits = with_figures(context.limits)
+    session = await session_of(context, "python")
+    return observe(await session.run(code, stdin=stdin.encode(), limits=limits), limits)

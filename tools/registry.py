@@ -1,6 +1,6 @@
 """Names to tools: built in, from an installed package, or `module:function` beside the recipe.
 
-Your own tool is one typed async function; its docstring is what the policy reads:
+Your own tool is one typed async function; its docstring is what the policy reads (see tools/function.py):
 
     async def shout(context: Context, text: str) -> str:
         '''Say it louder.'''
@@ -8,100 +8,91 @@ Your own tool is one typed async function; its docstring is what the policy read
 """
 
 import inspect
-import typing
-from collections.abc import Awaitable, Sequence
-from typing import Any, Protocol, cast
-
-import msgspec
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import entry_points
+from typing import Any, cast
 
 from schemas import names
 from tools.errors import ToolError, UnknownTool
-from tools.tool import Context, Observation, Tool
+from tools.function import FunctionTool, ToolFunction
+from tools.tool import Place, Tool
 
 ENTRY_POINTS = "agentic_actors.tools"
-BUILT_IN = {"python": "tools.python:python"}
+BUILT_IN = {
+    "python": "tools.python:python",
+    "python_session": "tools.python:python_session",
+    "bash": "tools.bash:bash",
+    "finish": "tools.finish:finish",
+    "image": "tools.image:image",
+    "mcp": "tools.mcp:mcp",
+    "search": "tools.search:search",
+    "sql": "tools.sql:sql",
+    "visit": "tools.visit:visit",
+    "web_search": "tools.web_search:web_search",
+}
 
 
-class ToolFunction(Protocol):
-    """An async function whose first parameter is the context and whose others are the policy's arguments."""
+def load_tools(
+    use: Sequence[str],
+    recipe_dir: str = "",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Tool]:
+    """The tools of the names, by the name that each gives itself, with the recipe's options.
 
-    __name__: str
-
-    def __call__(
-        self, context: Context, /, *args: Any, **kwargs: Any
-    ) -> Awaitable[str | Observation]: ...
-
-
-def load_tools(use: Sequence[str], recipe_dir: str = "") -> dict[str, Tool]:
-    """The tools of the names, by the name that each gives itself.
-
-    Raises UnknownTool for a name that leads nowhere, ToolError for what is not a tool and for two of one name.
+    Raises UnknownTool for a name that leads nowhere, ToolError for what is not a tool, for two of one name and for
+    options that a tool does not have.
     """
+    options = options or {}
     tools: dict[str, Tool] = {}
     for name in use:
         try:
             found = names.find(name, recipe_dir, built_in=BUILT_IN, group=ENTRY_POINTS)
         except names.UnknownName as error:
             raise UnknownTool("unknown_tool", str(error)) from error
+        except ModuleNotFoundError as error:
+            if name not in BUILT_IN:
+                raise
+            detail = f"{name} needs {error.name}: install agentic-actors[tools]"
+            raise ToolError("not_installed", detail) from error
         tool = _as_tool(name, found)
         if tool.name in tools:
             raise ToolError("duplicate", f"two tools are called {tool.name!r}")
-        tools[tool.name] = tool
+        tools[tool.name] = tool.configured(dict(options.get(tool.name, {})))
+    if strange := sorted(set(options) - set(tools)):
+        raise UnknownTool(
+            "unknown_tool", f"tools.options names {', '.join(strange)}, not in tools.use"
+        )
     return tools
 
 
-class FunctionTool:
-    """A function as a tool: the schema and the checks of arguments come from its signature."""
-
-    def __init__(self, function: ToolFunction) -> None:
-        self.name = function.__name__
-        self.description = inspect.getdoc(function) or ""
-        self._function = function
-        fields = _fields(function)
-        self.argument: str = fields[0][0]
-        try:
-            self._arguments = msgspec.defstruct(
-                self.name, fields, kw_only=True, forbid_unknown_fields=True
-            )
-            self.parameters = _json_schema(self._arguments)
-        except TypeError as error:  # a type that JSON cannot carry
-            raise ToolError("bad_tool", f"{self.name}: {error}") from error
-
-    async def __call__(self, context: Context, arguments: dict[str, Any]) -> Observation:
-        """See Tool. Numbers and booleans may come as text, as in the body of a tagged call."""
-        try:
-            checked = msgspec.convert(arguments, self._arguments, strict=False)
-        except msgspec.ValidationError as error:
-            return Observation(text=f"Wrong arguments for {self.name}: {error}", ok=False)
-        values = {name: getattr(checked, name) for name in checked.__struct_fields__}
-        result = await self._function(context, **values)
-        return Observation(text=result) if isinstance(result, str) else result
+def tool_names() -> list[str]:
+    """What can be named without a module: built in, or from an installed package."""
+    return sorted({*BUILT_IN, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})
 
 
-def _fields(function: ToolFunction) -> list[tuple[str, Any] | tuple[str, Any, Any]]:
-    """Name, type and default of each parameter after the context; text unless it says otherwise."""
-    parameters = list(inspect.signature(function).parameters.values())[1:]
-    if not parameters or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        raise ToolError("bad_tool", f"{function.__name__} needs named arguments after the context")
-    hints = typing.get_type_hints(function, include_extras=True)
-    return [
-        (p.name, hints.get(p.name, str))
-        if p.default is p.empty
-        else (p.name, hints.get(p.name, str), p.default)
-        for p in parameters
-    ]
+async def resolve_options(tools: Mapping[str, Tool], place: Place) -> dict[str, dict[str, Any]]:
+    """What each tool wants to be added to its options for the whole run, by its name. Raises ToolError."""
+    found = {name: await tool.resolve(place) for name, tool in tools.items()}
+    return {name: options for name, options in found.items() if options}
 
 
-def _json_schema(arguments: type[msgspec.Struct]) -> dict[str, Any]:
-    _, definitions = msgspec.json.schema_components([arguments], ref_template="#/$defs/{name}")
-    schema: dict[str, Any] = definitions.pop(arguments.__name__)
-    del schema["title"]
-    return schema | {"$defs": definitions} if definitions else schema
+@asynccontextmanager
+async def open_tools(tools: Iterable[Tool], place: Place) -> AsyncIterator[None]:
+    """Open each for the calls of one process; close them in the opposite order."""
+    async with AsyncExitStack() as stack:
+        for tool in tools:
+            await stack.enter_async_context(tool.open(place))
+        yield
 
 
 def _as_tool(name: str, found: object) -> Tool:
     if inspect.iscoroutinefunction(found):
-        return FunctionTool(cast(ToolFunction, found))
-    if callable(found) and all(hasattr(found, a) for a in Tool.__annotations__):
-        return cast(Tool, found)
-    raise ToolError("bad_tool", f"{name!r} is neither an async function nor a Tool: {found!r}")
+        found = FunctionTool(cast(ToolFunction, found))
+    if not (callable(found) and all(hasattr(found, a) for a in Tool.__annotations__)):
+        detail = f"{name!r} is neither an async function nor a Tool: {found!r}"
+        raise ToolError("bad_tool", detail)
+    tool = cast(Tool, found)
+    if tool.name != name.rpartition(":")[2]:  # its queue is found by either
+        raise ToolError("bad_tool", f"{name!r} calls itself {tool.name!r}: use one name")
+    return tool

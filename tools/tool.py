@@ -1,14 +1,42 @@
-"""What a tool is: a name, a schema for the policy, and an async function."""
+"""What a tool is: functions that the policy may call, what the recipe may say of them, and an async call.
+
+Most tools are one typed async function; see tools/function.py. What bridges to something with functions of its own
+(an MCP server) implements `Tool` itself.
+"""
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from contextlib import AbstractAsyncContextManager
+from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
+from msgspec import Meta
 
-from tools.sandbox.sandbox import Limits, Outcome
+from schemas.events import Call
+from tools.sandbox.sandbox import Limits, Outcome, Session, SessionKind
 
 Run = Callable[..., Awaitable[Outcome]]
 """`await run(code, stdin=…, limits=…)`: Python code in a fresh sandbox; see Sandbox.run."""
+
+OpenSession = Callable[[SessionKind], Awaitable[Session]]
+"""`await session("bash")`: the sandbox session that this tool keeps for the trajectory, opened at its first call; a new one
+when the last has ended."""
+
+Keep = Literal["head", "tail", "both"]
+"""Which side of an observation stays when it is too long."""
+
+Effects = Literal["none", "external"]
+"""`external`: a call changes the world outside its sandbox and must never run twice."""
+
+PLACEHOLDER = "<image>"
+"""Stands in an observation's text where an image goes."""
+
+
+class Image(msgspec.Struct, frozen=True, kw_only=True):
+    """A picture as it is stored."""
+
+    data: bytes
+    media_type: str
+    """`image/png`, …"""
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,6 +46,14 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits
     task: dict[str, Any]
     """The task row's `public.extra`."""
+    session: OpenSession | None = None
+    """For a tool with `session = True`."""
+    images: list[Image] = []
+    """The images of the trajectory's earlier observations, in order."""
+    options: Any = None
+    """The tool's own options from the recipe; set by the tool before its function runs."""
+    opened: Any = None
+    """What the tool opened when its process began (an index, connections); set as `options` is."""
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,17 +62,83 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     ok: bool = True
     """False for an error of the policy's own making: still an observation."""
+    images: list[Image] = []
+    """One for each PLACEHOLDER in the text, in order; those beyond the placeholders come after the text."""
 
 
-class Tool(Protocol):
-    """One tool."""
+class Function(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that the policy may call, as it is described to it."""
 
     name: str
     description: str
     parameters: dict[str, Any]
-    """A JSON schema of the arguments, made from the function's signature."""
-    argument: str
-    """The argument that a tagged call's body fills."""
+    """A JSON schema of the arguments, an object."""
+    argument: str = ""
+    """The argument that a body without names fills (`<python>…</python>`); empty: such a body is a JSON object."""
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        described = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters,
+        }
+        return {"type": "function", "function": described}
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a recipe may say of any tool in `[tools.options.<tool>]`; a tool's own options are added by a subclass."""
+
+    timeout_s: Annotated[float, Meta(gt=0)] | None = None
+    """Wall clock of one call; else `tools.timeout_s`."""
+    observation_chars: Annotated[int, Meta(ge=1)] | None = None
+    """A longer result is cut; else `tools.observation_chars`."""
+    keep: Keep | None = None
+    """Which side of it stays; else the tool's own."""
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a tool is opened."""
+
+    recipe_dir: str = ""
+    """What relative paths of options begin at."""
+    encoder: Callable[[str], Callable[[list[str]], Any]] | None = None
+    """Opens a text encoder by its folder or hub name: texts → float32[texts, width], rows of length 1. torch is loaded
+    only when it is called; None where there is none."""
+
+
+class Tool(Protocol):
+    """One tool. Subclass it for the defaults."""
+
+    name: str
+    """As in `tools.use`, in subjects and in the log."""
+    functions: tuple[Function, ...]
+    """What the policy may call. Most tools have one, of their own name."""
+    options: Options
+    session: bool = False
+    """Calls of one trajectory share a state that one replica keeps."""
+    effects: Effects = "none"
+    ends: bool = False
+    """A turn that calls it is the trajectory's last; the call itself is the answer and is not run."""
+    keep: Keep = "both"
+
+    def configured(self, options: dict[str, Any]) -> "Tool":
+        """The tool with a recipe's options. Raises ToolError for those that it does not have."""
+        ...
+
+    async def resolve(self, place: Place) -> dict[str, Any]:
+        """Options to add for the whole run: what is to be asked once, when it begins. Raises ToolError."""
+        del place
+        return {}
+
+    def open(self, place: Place) -> AbstractAsyncContextManager[None]:
+        """Around all calls of a process. Raises ToolError if what the tool needs is not there."""
+        ...
+
+    def check(self, call: Call) -> str:
+        """What is wrong with the call's arguments, for the policy; empty when nothing is."""
+        ...
 
     async def __call__(self, context: Context, arguments: dict[str, Any]) -> Observation:
         """Run one call.

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from actors.decisions import Admit, Decision, End, Finish, Sweep, View, Wake
 from actors.dispatcher import Dispatcher, place_seed
+from bus.work import Queue
 from schemas.events import (
     Admitted,
     AnyEvent,
@@ -21,6 +22,7 @@ from schemas.events import (
     Result,
     Resumed,
     Scored,
+    Started,
     Step,
     Stepped,
     Turn,
@@ -280,6 +282,9 @@ def test_a_dead_letter_fails_its_trajectory_with_the_cause() -> None:
     ((event, after),) = end.events
     assert after == 1
     assert event.cause == Cause(boundary="engine", code="crashed", detail="out of memory")
+    assert played.dispatcher.fail(replace(letter, seq=99)) == [end], (
+        "junk lies behind its last event"
+    )
     played.append(turn("g0-0-0"))
     assert played.dispatcher.fail(letter) == []
     assert played.dispatcher.fail(replace(letter, trajectory="")) == []
@@ -316,7 +321,7 @@ def test_a_silent_trajectory_is_swept_and_then_fails() -> None:
     played = Played()
     played.admit()
     played.append(*(turn(event.trajectory, calls=1) for event in played.admitted[1:]))
-    others = frozenset(event.trajectory for event in played.admitted[1:])
+    others = {event.trajectory: 0.0 for event in played.admitted[1:]}
     played.now_s = 9.0
     assert played.patrol(held=others) == []
     for now in (10.0, 20.0):
@@ -336,7 +341,7 @@ def test_a_silent_trajectory_is_swept_and_then_fails() -> None:
 def test_an_event_begins_the_sweeps_anew() -> None:
     played = Played()
     played.admit()
-    others = frozenset(event.trajectory for event in played.admitted[1:])
+    others = {event.trajectory: 0.0 for event in played.admitted[1:]}
     for now in (10.0, 20.0):
         played.now_s = now
         played.patrol(held=others)
@@ -361,16 +366,78 @@ def test_each_stage_has_its_own_deadline() -> None:
     assert rest
 
 
-def test_what_is_held_or_queued_is_not_swept() -> None:
-    """Silence behind a live replica, or in a full queue, is waiting and not loss; it uses up no sweep."""
+def test_what_is_held_is_not_swept() -> None:
+    """Silence behind a live replica that took it lately is work and not loss; it uses up no sweep."""
     played = Played()
     names = played.admit()
     for now in (10.0, 20.0, 30.0, 40.0):
         played.now_s = now
-        assert played.patrol(held=frozenset(names)) == []
-        assert played.patrol(backlog=frozenset({"gen"})) == []
+        assert played.patrol(held=dict.fromkeys(names, 5.0)) == []
     played.now_s = 50.0
-    assert played.patrol(backlog=frozenset({"tool"})) == [Sweep(name) for name in names]
+    assert played.patrol() == [Sweep(name) for name in names]
+
+
+def test_what_is_held_too_long_is_swept_all_the_same() -> None:
+    """After one more deadline another replica may take it; in the end it fails like any silent one."""
+    played = Played()
+    (name, *others) = played.admit()
+    fine = dict.fromkeys(others, 0.0)
+    for now, decided in (
+        (10.0, []),
+        (19.0, []),
+        (20.0, [Sweep(name)]),
+        (29.0, []),
+        (30.0, [Sweep(name)]),
+    ):
+        played.now_s = now
+        assert played.patrol(held={name: now, **fine}) == decided
+    played.now_s = 40.0
+    assert played.patrol(held={name: 3.0, **fine}) == [], "another has taken it"
+    played.now_s = 57.0
+    assert ended(played.patrol(held={name: 20.0, **fine})) == [name]
+
+
+def test_what_may_lie_in_its_queue_is_not_swept() -> None:
+    """Overload is waiting: until all that was before it has been given out, however long that takes."""
+    played = Played()
+    names = played.admit()
+    for now in (10.0, 20.0, 3000.0):
+        played.now_s = now
+        assert played.patrol(queues={"gen": Queue(waiting=8, taken=100)}) == []
+    played.now_s = 3010.0
+    assert played.patrol(queues={"gen": Queue(waiting=50, taken=107)}) == []
+    assert played.patrol(queues={"gen": Queue(waiting=50, taken=108), "score": Queue(9, 0)}) == [
+        Sweep(name) for name in names
+    ]
+
+
+def test_each_tool_has_its_own_queue() -> None:
+    """A call that waits for a busy tool is not lost because another tool's queue moves."""
+    played = Played()
+    (name, *others) = played.admit()
+    calls = [Call(tool=tool, arguments={}) for tool in ("search", "python")]
+    played.append(replace(turn(name), calls=calls))
+    fine = dict.fromkeys(others, 0.0)
+    busy = {"tool.search": Queue(waiting=1, taken=0), "tool.python": Queue(waiting=0, taken=9)}
+    played.now_s = 5.0
+    assert played.patrol(held=fine, queues=busy) == []
+    played.append(Result(trajectory=name, turn=0, call=0, text=""))
+    played.now_s = 10.0
+    assert played.patrol(held=fine, queues=busy) == [Sweep(name)]
+
+
+def test_every_event_that_moves_the_log_is_seen() -> None:
+    """An end is appended after the last one, `started` too; what comes after the score moves nothing."""
+    played = Played()
+    (name, *_) = played.admit()
+    played.append(turn(name, calls=1), Started(trajectory=name, turn=0, call=0))
+    live = played.dispatcher.live[name]
+    assert (live.seq, live.stage) == (played.seq, "tool")
+    played.append(Result(trajectory=name, turn=0, call=0, text=""))
+    played.finish(name)
+    last = played.seq
+    played.append(turn(name, calls=1))
+    assert (live.seq, live.stage) == (last, "scored")
 
 
 def test_calls_of_a_turn_keep_it_with_the_tools_until_the_last() -> None:

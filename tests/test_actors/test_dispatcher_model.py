@@ -13,10 +13,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from actors.accounts import Accounts
 from actors.decisions import Admit, Decision, End, Finish, Sweep, View
 from actors.dispatcher import ATTEMPTS, Dispatcher
 from actors.learner import Planner
 from actors.tasks import base_of
+from bus.work import Queue
 from schemas.events import (
     Admitted,
     AnyEvent,
@@ -27,6 +29,7 @@ from schemas.events import (
     Expired,
     Failed,
     Filtered,
+    Opened,
     Paused,
     Result,
     Resumed,
@@ -73,6 +76,8 @@ class Run(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.log: list[AnyEvent] = []
+        self.accounts = Accounts()
+        self.accounts.observe(Opened(recipe=RECIPE))
         self.last: dict[str, int] = {}
         self.states: dict[str, Trajectory] = {}
         self.version = 0
@@ -85,6 +90,7 @@ class Run(RuleBasedStateMachine):
 
     def append(self, event: AnyEvent) -> int:
         self.log.append(event)
+        self.accounts.observe(event)
         seq = len(self.log)
         if isinstance(event, TrajectoryEvent):
             self.states[event.trajectory] = fold(
@@ -121,8 +127,8 @@ class Run(RuleBasedStateMachine):
         return View(
             now_s=self.now_s,
             policy_version=self.version,
-            held=frozenset(self.states) if held else frozenset(),
-            backlog=frozenset({"tool", "score"}) if backlog else frozenset(),
+            held=dict.fromkeys(self.states, 1.0) if held else {},
+            queues={"tool.python": Queue(2, 0), "score": Queue(2, 0)} if backlog else {},
         )
 
     @rule(data=st.data())
@@ -343,6 +349,11 @@ class Run(RuleBasedStateMachine):
         if ends:
             assert self.dispatcher.decide(self.view()) == []
             assert self.dispatcher.patrol(self.view()) == []
+
+    @invariant()
+    def the_accounts_balance(self) -> None:
+        """`actors verify` would find nothing, whatever was lost or restarted on the way."""
+        assert self.accounts.report().broken == {}
 
     # -- what is true in the end -------------------------------------------------------------------
 

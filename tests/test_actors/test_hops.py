@@ -1,7 +1,7 @@
 """What each actor makes of a trajectory, with a real chat template, tools and sandbox, and a scripted engine."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from schemas.events import (
     Evaluated,
     Result,
     Scored,
+    StoredImage,
     Turn,
 )
 from schemas.recipe import Policy, Recipe
@@ -36,7 +37,7 @@ from tools.errors import SandboxError
 from tools.formats import open_format
 from tools.registry import FunctionTool, load_tools
 from tools.sandbox.unsafe import UnsafeSandbox
-from tools.tool import Context
+from tools.tool import Context, Image
 
 RECIPE = Recipe(
     policy=Policy(model="m", max_turns=3, max_turn_tokens=16, max_tokens=100),
@@ -92,6 +93,11 @@ async def scripted(folder: Path, *replies: str, version: int = 0, recipe: Recipe
     engine = says(folder, *replies)
     await engine.load(b"", version)
     return Stage(folder, engine, recipe)
+
+
+async def no_images(images: Sequence[Image]) -> list[StoredImage]:
+    assert not images
+    return []
 
 
 # -- generator -------------------------------------------------------------------------------------
@@ -349,7 +355,7 @@ def test_each_turn_has_its_own_seed() -> None:
 
 @pytest.fixture
 async def toolbox() -> AsyncIterator[Toolbox]:
-    box = Toolbox(RECIPE, load_tools(["python"]), UnsafeSandbox(), "toolbox-1")
+    box = Toolbox(RECIPE, load_tools(["python"]), UnsafeSandbox(), no_images, "toolbox-1")
     yield box
     await box.close()
 
@@ -410,7 +416,7 @@ async def test_a_broken_sandbox_is_not_the_policy_s_fault() -> None:
     async def python(_context: Context, code: str) -> str:
         raise SandboxError("zygote_died", f"while running {code}")
 
-    box = Toolbox(RECIPE, {"python": FunctionTool(python)}, UnsafeSandbox(), "toolbox-1")
+    box = Toolbox(RECIPE, {"python": FunctionTool(python)}, UnsafeSandbox(), no_images, "toolbox-1")
     with pytest.raises(HopFailed, match=r"sandbox\.zygote_died: while running 1"):
         await box.handle(state_of(calling("1")))
 

@@ -395,6 +395,7 @@ def test_a_step_s_metrics_by_hand() -> None:
         "tool_call_rate": 0.25,
         "truncated_fraction": 0.25,
         "zero_variance_fraction": 0.5,
+        "filtered_fraction": 0.5,
         "staleness_mean": 2.0,
         "staleness_max": 3,
     }

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from actors.progress import Progress, step_line
 from actors.report import Report, evaluated_version
-from actors.views import alive_table, event_json, event_line, trajectory_text
+from actors.views import alive_table, event_json, event_line, stall_lines, trajectory_text
 from bus.codec import decode
 from bus.log import Stored
 from schemas.events import (
@@ -31,7 +31,7 @@ from schemas.events import (
     Turn,
     Warmed,
 )
-from schemas.messages import Heartbeat, Held
+from schemas.messages import Heartbeat, Held, Stall
 from schemas.recipe import Learner, Policy, Recipe
 from schemas.task import ChatMessage, PublicPart
 from schemas.tokens import Tokens
@@ -238,6 +238,20 @@ def test_nobody_alive_is_said() -> None:
     )
 
 
+STALL = Stall(kind="held", subject="g0-1-0", detail="g0-1-0 (tool) is held by x", for_s=14.2)
+
+
+def test_what_stands_still_is_a_line() -> None:
+    """As the dispatcher says it; when none acts, the beats say so themselves."""
+    assert stall_lines([beat("dispatcher", 1, stalls=[STALL])]) == [
+        "stall: g0-1-0 (tool) is held by x, for 14 s"
+    ]
+    assert stall_lines([beat("dispatcher", 1)]) == []
+    (line,) = stall_lines([beat("dispatcher", 1, phase="standby")])
+    assert line == "stall: no dispatcher holds the lease: 1 wait for it"
+    assert stall_lines([]) == [], "nobody at all is told by the table"
+
+
 # -- what a run leaves behind ----------------------------------------------------------------------
 
 
@@ -333,7 +347,7 @@ def shown(events: list[AnyEvent], *, terminal: bool, fleet: list[Heartbeat] | No
     progress = Progress("r", RECIPE, console)
     for seq, event in enumerate(events, 1):
         progress.observe(stored(event, seq), live=True)
-    progress.fleet = fleet or []
+    progress.see(fleet or [], 0.0)
     if terminal:
         console.print(progress._table())
     assert isinstance(console.file, StringIO)
@@ -386,6 +400,31 @@ def test_a_terminal_shows_where_trajectories_are() -> None:
     assert "version 0: 1.000 (1 tasks)" in text
     assert "1/35   reward 0.250" in text
     assert "generator x2   policy versions [4, 5]" in text
+
+
+def test_without_a_terminal_a_stall_is_told_when_it_begins_and_ends() -> None:
+    """Once each, with how long it was; a missing dispatcher has some seconds to come back."""
+    console = Console(file=StringIO(), width=160)
+    progress = Progress("r", RECIPE, console)
+    acting = beat("dispatcher", 1)
+    standing = [beat("dispatcher", 1, stalls=[STALL])]
+    for now_s, beats in ((10.0, standing), (11.0, standing), (12.0, [acting]), (13.0, [])):
+        progress.see(beats, now_s)
+    for now_s in (20.0, 22.0, 23.0):
+        progress.see([beat("scorer", 1)], now_s)
+    progress.see([acting], 24.0)
+    assert isinstance(console.file, StringIO)
+    assert console.file.getvalue().splitlines() == [
+        "stall: g0-1-0 (tool) is held by x, for 14 s",
+        "over: g0-1-0 (tool) is held by x, for 14 s",
+        "stall: no dispatcher is there: nothing is admitted, replaced or swept, for 9 s",
+        "over: no dispatcher is there: nothing is admitted, replaced or swept, for 10 s",
+    ]
+
+
+def test_a_terminal_shows_what_stands_still() -> None:
+    fleet = [beat("dispatcher", 1, stalls=[STALL])]
+    assert "g0-1-0 (tool) is held by x, for 14 s" in shown([], terminal=True, fleet=fleet)
 
 
 @pytest.mark.parametrize(

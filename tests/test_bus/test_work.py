@@ -12,9 +12,9 @@ from bus.embedded import EmbeddedServer
 from bus.errors import BadMessage
 from bus.work import (
     STATE_LIMIT_BYTES,
+    Queue,
     backlog,
     open_queue,
-    publish_again,
     publish_work,
     work_message,
 )
@@ -87,7 +87,7 @@ async def test_an_echo_is_damped_and_a_sweep_is_not(bus: Bus) -> None:
     """Two replicas that publish the same hop leave one message; the sweep's comes all the same."""
     for _ in range(3):
         await publish_work(bus, "test", fresh())
-    await publish_again(bus, "test", fresh())
+    await publish_work(bus, "test", fresh(), again=True)
     async with open_queue(bus, "gen", "test", slots=8) as queue:
         for _ in range(2):
             await (await asyncio.wait_for(queue.take(), 2.0)).done()
@@ -130,11 +130,17 @@ async def test_a_queue_goes_on_after_the_server_was_restarted(
         await delivery.done()
 
 
-async def test_a_backlog_names_its_stage(bus: Bus) -> None:
-    """The sweep waits while a stage's queue is not empty."""
-    assert await backlog(bus, "test", ["python"]) == frozenset()
-    await publish_work(bus, "test", fresh())
-    assert await backlog(bus, "test", ["python"]) == {"gen"}
+async def test_a_backlog_counts_what_waits_and_what_was_taken(bus: Bus) -> None:
+    """By queue: the sweep waits for a message that may still lie there, and the watchdog for one to move."""
+    names = ("gen", "score", "tool.python")
+    assert await backlog(bus, "test", ["python"]) == dict.fromkeys(names, Queue(0, 0))
+    await publish_work(bus, "test", fresh(0))
+    await publish_work(bus, "test", fresh(1))
+    assert (await backlog(bus, "test", ["python"]))["gen"] == Queue(2, 0)
+    async with open_queue(bus, "gen", "test", slots=1) as queue:
+        await (await queue.take()).done()
+        await (await queue.take()).done()
+        assert (await backlog(bus, "test", ["python"]))["gen"] == Queue(0, 2)
 
 
 async def test_done_is_confirmed_by_the_server(bus: Bus) -> None:

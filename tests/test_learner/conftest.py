@@ -80,7 +80,9 @@ def config(folder: Path) -> recipe.Recipe:
         policy=recipe.Policy(model=str(folder), max_tokens=256),
         # Made-up engine log-probabilities must not all be masked, or no step would move anything.
         learner=recipe.Learner(
-            learning_rate=1e-3, microbatch_tokens=256, ratio_min=0.0, ratio_max=1e9
+            learning_rate=1e-3,
+            microbatch_tokens=256,
+            correction=recipe.Correction(token="none", sequence="none"),
         ),
     )
 

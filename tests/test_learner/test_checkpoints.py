@@ -12,6 +12,7 @@ from learner.checkpoints import (
     checkpoint_path,
     latest_checkpoint,
     prune_checkpoints,
+    step_of,
     write_folder,
 )
 from learner.errors import BadCheckpoint
@@ -162,3 +163,14 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     assert latest_checkpoint(tmp_path / "missing") is None
     prune_checkpoints(tmp_path / "missing", keep=1)
+
+
+def test_the_first_checkpoint_stays(tmp_path: Path) -> None:
+    """A whole run can be replayed from step 0, and any step from the newest checkpoint before it."""
+    for step in (0, 3, 6, 9):
+        write_folder(checkpoint_path(tmp_path, step), [("state.json", b"{}")])
+        prune_checkpoints(tmp_path, keep=2)
+    assert {step_of(path) for path in tmp_path.iterdir()} == {0, 6, 9}
+    assert latest_checkpoint(tmp_path, 8) == checkpoint_path(tmp_path, 6)
+    assert latest_checkpoint(tmp_path, 5) == checkpoint_path(tmp_path, 0)
+    assert latest_checkpoint(tmp_path, -1) is None

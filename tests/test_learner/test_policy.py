@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner.errors import LearnerError, NotFinite, UnsupportedModel
 from learner.policy import Policy
-from schemas.recipe import Recipe
+from schemas.recipe import Correction, Recipe
 
 
 def sha(policy: Policy) -> str:
@@ -91,7 +91,8 @@ def test_micro_batches_change_nothing(folder: Path, config: Recipe, make_groups)
 
 def test_masked_tokens_give_no_gradient(folder: Path, config: Recipe, make_groups) -> None:
     """When every ratio is outside the bounds the loss and the gradient are exactly 0, and the metric says why."""
-    policy = Policy.open(folder, with_learner(config, ratio_min=0.999, ratio_max=1.001))
+    near = Correction(ratio_min=0.999, ratio_max=1.001, sequence="none")
+    policy = Policy.open(folder, with_learner(config, correction=near))
     before = sha(policy)
     groups = [
         [replace_logprobs(s, torch.from_numpy(s.logprobs_T) * 50) for s in group]

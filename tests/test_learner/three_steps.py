@@ -14,7 +14,11 @@ from schemas import recipe
 
 CONFIG = recipe.Recipe(
     policy=recipe.Policy(model="tiny", max_tokens=256),
-    learner=recipe.Learner(microbatch_tokens=512, ratio_min=0.0, ratio_max=1e9, learning_rate=1e-3),
+    learner=recipe.Learner(
+        microbatch_tokens=512,
+        learning_rate=1e-3,
+        correction=recipe.Correction(token="none", sequence="none"),
+    ),
 )
 
 

@@ -17,6 +17,7 @@ from bus.codec import decode, encode
 from schemas.events import (
     Admitted,
     AnyEvent,
+    Archived,
     Call,
     Cause,
     Dropped,
@@ -115,6 +116,7 @@ EXAMPLES: list[Event] = [
             "loss": -0.125,
             "failed_by_cause": {"deadline.gen": 1},
         },
+        batch_sha256="cd" * 32,
     ),
     Opened(
         replica="supervisor",
@@ -129,6 +131,7 @@ EXAMPLES: list[Event] = [
     Resumed(replica="operator"),
     Stopping(replica="operator", reason="`actors stop`"),
     Ended(replica="dispatcher-host-1", reason="all steps done"),
+    Archived(replica="operator", messages=12345, sha256="cd" * 32, log_seq=99_999),
 ]
 BY_KIND = {event.kind: event for event in EXAMPLES}
 

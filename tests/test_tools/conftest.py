@@ -1,10 +1,12 @@
-"""Fixtures of the tool tests: a real `ns` sandbox, and what an attack would go for."""
+"""Fixtures of the tool tests: a real `ns` sandbox, what an attack would go for, and a real site on this machine."""
 
 import contextlib
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,3 +70,91 @@ def processes_with(word: str) -> list[int]:
 def processes_with_fixture() -> object:
     """The function; pytest's importlib mode has no importable helpers."""
     return processes_with
+
+
+# -- a site ------------------------------------------------------------------------------------------
+
+
+class Reply(NamedTuple):
+    """What a site answers."""
+
+    body: bytes = b""
+    media_type: str = "text/html; charset=utf-8"
+    status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()
+    endless: bool = False
+    """The body again and again, until the client goes."""
+
+
+class Asked(NamedTuple):
+    """What a site was asked."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+class Site:
+    """A real HTTP server on the loopback interface."""
+
+    Reply = Reply
+
+    def __init__(self, answer: Callable[[Asked], Reply]) -> None:
+        self.asked: list[Asked] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(answer))
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def _handler(self, answer: Callable[[Asked], Reply]) -> type[BaseHTTPRequestHandler]:
+        all_asked = self.asked
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                length = int(self.headers.get("content-length") or 0)
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                asked = Asked(self.path, headers, self.rfile.read(length))
+                all_asked.append(asked)
+                reply = answer(asked)
+                self.send_response(reply.status)
+                self.send_header("content-type", reply.media_type)
+                for name, value in reply.headers:
+                    self.send_header(name, value)
+                if not reply.endless:
+                    self.send_header("content-length", str(len(reply.body)))
+                self.end_headers()
+                self.wfile.write(reply.body)
+                self.close_connection = reply.endless
+                with contextlib.suppress(OSError):  # the client has had enough
+                    while reply.endless:
+                        self.wfile.write(reply.body)
+
+            do_POST = do_GET
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        return Handler
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Callable[[Asked], Reply]], Site]]:
+    """`serve(answer)` starts a site; `answer(asked)` makes its replies with `Site.Reply`."""
+    with contextlib.ExitStack() as stack:
+
+        def start(answer: Callable[[Asked], Reply]) -> Site:
+            site = Site(answer)
+            stack.callback(site.close)
+            return site
+
+        start.Reply = Reply  # type: ignore[attr-defined]
+        yield start

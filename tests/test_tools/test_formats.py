@@ -1,4 +1,4 @@
-"""How calls are read from text."""
+"""How `tagged` calls are read from text; the other formats are in test_call_formats.py."""
 
 import pytest
 from hypothesis import given
@@ -117,9 +117,9 @@ def test_names_that_lead_nowhere_are_refused() -> None:
         open_format("xml", TOOLS, {})
     with pytest.raises(UnknownTool, match="pythn"):
         open_format("tagged", TOOLS, {"pythn": "p"})
-    two = dict(TOOLS) | {"other": TOOLS["python"]}
+    two = load_tools(["python", "finish"])
     with pytest.raises(ToolError, match="same tag"):
-        open_format("tagged", two, {"other": "python"})
+        open_format("tagged", two, {"finish": "python"})
 
 
 def test_without_tools_everything_is_text() -> None:

@@ -1,10 +1,12 @@
 """The Linux calls that Python 3.11 lacks, by ctypes. Standard library only: the fork server imports it."""
 
+import array
 import contextlib
 import ctypes
 import os
 import platform
 import signal
+import socket
 import struct
 
 CLONE_NEWNS = 0x00020000
@@ -22,6 +24,10 @@ MS_BIND = 1 << 12
 MS_REC = 1 << 14
 MS_PRIVATE = 1 << 18
 
+MS_REMOUNT = 32
+
+_MADV_COLLAPSE = 25
+_HUGE_PAGE_BYTES = 2 << 20
 _MNT_DETACH = 2
 _AT_FDCWD = -100
 _AT_RECURSIVE = 0x8000
@@ -42,6 +48,8 @@ _SYS_CLOSE_RANGE = 436
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc_with_lock = ctypes.PyDLL(None, use_errno=True)
+"""Its calls keep Python's global lock."""
 
 
 def _check(result: int, what: str) -> int:
@@ -65,6 +73,16 @@ def machine() -> str:
     return name
 
 
+def fork() -> int:
+    """fork(2) for a process with one thread, without what Python does after it in the child.
+
+    There is nothing to repair where no other thread was, and the repairs of `threading` alone touch a hundred pages.
+    The child seeds its random numbers itself.
+    """
+    pid: int = _libc_with_lock.fork()
+    return _check(pid, "fork")
+
+
 def unshare(flags: int) -> None:
     """Leave the namespaces named by the CLONE_NEW* flags for fresh ones."""
     _check(_libc.unshare(flags), f"unshare({flags:#x})")
@@ -80,6 +98,11 @@ def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str
     arguments = [part.encode() or None for part in (source, target, kind)]
     result = _libc.mount(*arguments, ctypes.c_ulong(flags), options.encode() or None)
     _check(result, f"mount {kind or source} on {target}")
+
+
+def unmount(path: str) -> None:
+    """umount2(2), also when it is in use."""
+    _check(_libc.umount2(path.encode(), _MNT_DETACH), f"umount2 {path}")
 
 
 def make_read_only(path: str, *, recursive: bool) -> None:
@@ -100,6 +123,20 @@ def pivot_root(new_root: str) -> None:
     os.chdir("/")
 
 
+def use_huge_pages() -> None:
+    """Move this process's memory to huge pages where the kernel can: a fork then copies a 512th of the page table."""
+    with open("/proc/self/maps", encoding="utf-8") as file:
+        fields = [line.split() for line in file]
+    for address, permissions, *rest in fields:
+        if permissions != "rw-p" or rest[3:] not in ([], ["[heap]"]):
+            continue
+        first, end = (int(bound, 16) for bound in address.split("-"))
+        first = -(-first // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+        for at in range(first, end - _HUGE_PAGE_BYTES + 1, _HUGE_PAGE_BYTES):
+            # older kernels refuse, and so does a range that is not in use; either way it only stays slower
+            _libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(_HUGE_PAGE_BYTES), _MADV_COLLAPSE)
+
+
 def sethostname(name: str) -> None:
     """Name the UTS namespace."""
     _check(_libc.sethostname(name.encode(), len(name)), "sethostname")
@@ -117,9 +154,10 @@ def set_dumpable(dumpable: bool) -> None:
 
 def drop_capabilities() -> None:
     """Give up every capability, also for programs executed later, and the way back to any."""
-    for capability in range(64):
-        if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
-            break  # past the last one that this kernel knows
+    prctl, drop = _libc.prctl, _PR_CAPBSET_DROP
+    capability = 0
+    while prctl(drop, capability, 0, 0, 0) == 0:  # until past the last one that this kernel knows
+        capability += 1
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, "PR_CAP_AMBIENT")
     header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
     _check(_libc.capset(header, bytes(24)), "capset")
@@ -140,6 +178,20 @@ def install_seccomp(program: bytes) -> None:
     )
 
 
+def receive_fds(channel: socket.socket, size_bytes: int, most: int) -> tuple[bytes, list[int]]:
+    """A message and its descriptors, which no program executed later inherits.
+
+    `socket.recv_fds` leaves them open for every child: it drops the flag that it is given.
+    """
+    received = array.array("i")
+    room = socket.CMSG_SPACE(most * received.itemsize)
+    message, ancillary, _, _ = channel.recvmsg(size_bytes, room, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            received.frombytes(content[: len(content) - len(content) % received.itemsize])
+    return message, list(received)
+
+
 def close_all_but(keep: set[int]) -> None:
     """Close every file descriptor that is not in `keep`."""
     first = 0
@@ -151,8 +203,11 @@ def close_all_but(keep: set[int]) -> None:
 
 def write_file(path: str, text: str) -> None:
     """Write a file of /proc in one write(2), as the kernel asks."""
-    with open(path, "wb", buffering=0) as file:
-        file.write(text.encode())
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
 
 
 def map_user(inside: int, outside_uid: int, outside_gid: int) -> None:

@@ -9,9 +9,11 @@ import site
 import sys
 import sysconfig
 
-from tools.sandbox import linux
+from tools.sandbox import init, linux, shell
 
 NOBODY = 65534
+INIT = "/init"
+"""The program of init.py."""
 _ROOT = "/tmp"
 """Where the new root is put together; whatever is needed from below it is opened before."""
 
@@ -118,6 +120,10 @@ def _build() -> None:
         os.symlink(target, f"{_ROOT}/dev/{name}")
     linux.write_file(f"{_ROOT}/etc/passwd", f"sandbox:x:{NOBODY}:{NOBODY}::/tmp:/bin/sh\n")
     linux.write_file(f"{_ROOT}/etc/group", f"sandbox:x:{NOBODY}:\n")
+    linux.write_file(f"{_ROOT}{shell.RC_PATH}", shell.start_up_file(shell.RC_PATH))
+    with open(f"{_ROOT}{INIT}", "wb") as file:
+        file.write(init.program(linux.machine()))
+    os.chmod(f"{_ROOT}{INIT}", 0o555)
     for fd in (proc, *sources.values(), *devices.values()):
         os.close(fd)
     linux.pivot_root(_ROOT)

@@ -19,7 +19,7 @@ _IMPORT_ROOT = Path(tools.__file__).parent.parent
 _LAUNCHER = """
 import json, os, resource, sys
 sys.path.insert(0, sys.argv[1])
-from tools.sandbox.cell import run_cell
+from tools.sandbox.cell import run_program
 del sys.path[0]
 limits = json.loads(sys.argv[2])
 for name, value in (
@@ -34,7 +34,7 @@ with open("main.py", encoding="utf-8") as file:
     code = file.read()
 exit_code = 1
 try:
-    exit_code = run_cell(code)
+    exit_code = run_program(code)
 finally:
     os._exit(exit_code)
 """

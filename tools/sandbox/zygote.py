@@ -1,20 +1,23 @@
 """The fork server of the `ns` tier: `python -m tools.sandbox.zygote '{"control_fd": 7, "imports": ["numpy"]}'`.
 
-    client ──control──► server ──fork──► init ──fork──► payload
-       │     (packets)  process 1 of     process 1      the code,
-       │                its own world    of its own     process 2
-       ├──leash──► server     the answer comes back on it; closing it, or its way here, kills the call
-       ├──code, stdin──► payload      sealed memory files
-       └◄─output─── payload           a pipe
+    client ──control──► server ──spawn──► init      process 1 of a world's own process namespace; see init.py
+       │     (packets)   │  ▲ └──fork───► payload   process 2; makes the world around itself, then stands by
+       │                 │  │               ▲  │
+       ├──leash──────────┘  └────stage──────┘  │    the job, or why there is no world
+       ├──code, stdin─────────────────────────►│    sealed memory files; in a session they come on a channel
+       └◄─output───────────────────────────────┘    a pipe
 
 Standard library only. Invariants:
-- A call is one packet on `control`: its limits, and four descriptors (leash, code, stdin, output).
-- The server never reads code, stdin or output, so no fork of it holds another call's data in its memory.
-- A call's processes see neither the server nor other calls. They die with their init, which ends when the payload
-  ends or by SIGKILL.
+- A job is one packet on `control`: what it is and its limits, and descriptors: leash, output, and those of payload.py.
+  The answer comes back on the leash, when every process of the job is gone. Closing the leash kills the job.
+- The server never reads code, stdin or output, so no fork of it holds another job's data in its memory.
+- A job's processes see neither the server nor other jobs. They die with their init, which the server kills when the
+  payload ends, or by a limit.
+- One world is always ready for the next job: making it costs no time of the call.
 - When the client dies, its end of `control` closes and the server exits; the kernel then kills everything inside.
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -25,96 +28,129 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from tools.sandbox import linux, root, seccomp
-from tools.sandbox.cell import run_cell
+from tools.sandbox import linux, root, watch
+from tools.sandbox.networks import Networks
+from tools.sandbox.payload import PACKET_BYTES, stand_by
+from tools.sandbox.world import World
 
-PACKET_BYTES = 1 << 16
 _WATCH_EVERY_S = 0.1
 _WATCH_AFTER_S = 0.05
-_SHARED_MEMORY_BYTES = 16 << 20
-_TMP_FILES = 8192
-_SETUP_FAILED = 97
-_PAGE_BYTES = resource.getpagesize()
+_WATCH_SHARE = 0.05
+"""Of the processor time of one core, for looking at the memory of many processes."""
+_USUAL_DISK_BYTES = 64 << 20
+_MOST_DESCRIPTORS = 8
+_LEASH_MESSAGE_BYTES = 64
 
 
 @dataclass
-class _Call:
-    """One running call, as the server sees it."""
+class _Job:
+    """What runs in a world, as the server sees it."""
 
-    init: int
-    init_fd: int
-    namespace: int
-    """Inode of the process namespace that all its processes are in."""
     leash: socket.socket
-    status_fd: int
-    """Init writes here how the payload ended, or why there was none."""
     memory_bytes: int
     started: float
     deadline: float
     reason: str = "exit"
-
-    def kill(self, reason: str) -> None:
-        """End every process of the call."""
-        if self.reason == "exit":
-            self.reason = reason
-            self.deadline = float("inf")
-            signal.pidfd_send_signal(self.init_fd, signal.SIGKILL)
 
     def answer(self, message: dict[str, Any]) -> None:
         """Tell the client, if it is still there."""
         _tell(self.leash, message | {"wall_ms": (time.monotonic() - self.started) * 1e3})
 
 
+@dataclass
+class _Place:
+    """A world and its two processes; without a job it stands by."""
+
+    init: int
+    init_fd: int
+    payload: int
+    payload_fd: int
+    namespace: int
+    """Inode of the process namespace that all its processes are in."""
+    network: int
+    stage: socket.socket
+    disk_bytes: int
+    job: _Job | None = None
+    exit_code: int = 0
+    error: dict[str, str] = field(default_factory=dict)
+
+    def kill(self, reason: str) -> None:
+        """End every process of it."""
+        if self.job and self.job.reason == "exit":
+            self.job.reason = reason
+            self.job.deadline = float("inf")
+            self.end()
+
+    def end(self) -> None:
+        """Kill init, and with it all that is left."""
+        signal.pidfd_send_signal(self.init_fd, signal.SIGKILL)
+
+
 def _tell(leash: socket.socket, message: dict[str, Any]) -> None:
     try:
         leash.send(json.dumps(message).encode(), socket.MSG_DONTWAIT)
     except OSError:
-        return  # the client has gone, or has given this call up
+        return  # the client has gone, or has given this job up
 
 
 class Server:
-    """Starts calls, watches them, and says how they ended; one thread, one loop."""
+    """Starts jobs, watches them, and says how they ended; one thread, one loop."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, world: World) -> None:
         self._control = control
+        self._world = world
+        self._networks = Networks()
         self._namespace_fd = os.open("/proc/self/ns/pid", os.O_RDONLY)
-        self._world = World()
-        self._calls: dict[int, _Call] = {}
-        """By the descriptor of init and by that of the leash."""
+        self._running: dict[int, _Place] = {}
+        """By the inode of the process namespace."""
+        self._ready: _Place | None = None
+        self._wanted_disk_bytes = _USUAL_DISK_BYTES
         self._next_watch = 0.0
         self._epoll = select.epoll()
-        self._epoll.register(control.fileno(), select.EPOLLIN)
+        self._handlers: dict[int, Callable[[], None]] = {}
+        self._listen(control.fileno(), self._accept)
 
     def serve(self) -> NoReturn:
         """Until the client goes."""
         while True:
-            events = dict(self._epoll.poll(self._sleep_s()))
-            accept = events.pop(self._control.fileno(), 0)
-            for fd in events:
-                if call := self._calls.get(fd):
-                    self._finish(call) if fd == call.init_fd else self._give_up(call)
-            if (
-                accept
-            ):  # last: a new call may take the descriptor numbers of one that has just ended
-                self._accept()
+            events = self._epoll.poll(0 if self._wanted_disk_bytes else self._sleep_s())
+            if not events and self._wanted_disk_bytes:
+                self._stock_up()
+            for fd, _ in sorted(events, key=lambda event: event[0] == self._control.fileno()):
+                # control comes last: a new job may take the descriptor numbers of one that has just ended
+                if handler := self._handlers.get(fd):
+                    handler()
             self._enforce(time.monotonic())
 
+    def _listen(self, fd: int, handler: Callable[[], None]) -> None:
+        self._handlers[fd] = handler
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def _forget(self, fd: int) -> None:
+        # explicitly, since a fork that has not closed its copy yet would keep it on the epoll
+        if self._handlers.pop(fd, None):
+            self._epoll.unregister(fd)
+
     def _sleep_s(self) -> float:
-        if not self._calls:
+        jobs = [place.job for place in self._running.values() if place.job]
+        if not jobs:
             return -1
-        first = min(call.deadline for call in self._calls.values())
-        return max(0.0, min(first - time.monotonic(), _WATCH_EVERY_S))
+        first = min(job.deadline for job in jobs)
+        return max(0.0, min(first, self._next_watch) - time.monotonic())
+
+    # -- starting ------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        packet, fds, _, _ = socket.recv_fds(self._control, PACKET_BYTES, 4)
+        packet, fds = linux.receive_fds(self._control, PACKET_BYTES, _MOST_DESCRIPTORS)
         if not packet:
             os._exit(0)
         leash = socket.socket(fileno=fds[0])
         try:
-            self._start(json.loads(packet), leash, fds[1:])
+            self._start(packet, leash, fds[1:])
         except OSError as error:  # no memory or descriptors for one more; those that run go on
             _tell(leash, {"error": str(error), "wall_ms": 0.0})
             leash.close()
@@ -122,210 +158,154 @@ class Server:
             for fd in fds[1:]:
                 os.close(fd)
 
-    def _start(self, limits: dict[str, Any], leash: socket.socket, fds: list[int]) -> None:
+    def _start(self, packet: bytes, leash: socket.socket, fds: list[int]) -> None:
         started = time.monotonic()
-        status_fd, init_status_fd = os.pipe()
-        linux.unshare(linux.CLONE_NEWPID)
-        try:
-            init = os.fork()
-            if init == 0:
-                self._world.run(limits, fds, init_status_fd)
-            namespace = os.stat("/proc/self/ns/pid_for_children").st_ino
-        finally:
-            linux.setns(self._namespace_fd, linux.CLONE_NEWPID)
-            os.close(init_status_fd)
-        call = _Call(
+        description = json.loads(packet)
+        limits = description["limits"]
+        wall_s = limits["wall_s" if description["kind"] == "call" else "session_s"]
+        place = self._take_place(limits["disk_bytes"])
+        socket.send_fds(place.stage, [packet], fds)
+        place.job = _Job(leash, limits["memory_bytes"], started, started + wall_s)
+        self._running[place.namespace] = place
+        self._listen(leash.fileno(), lambda: self._hear(place))
+
+    def _take_place(self, disk_bytes: int) -> _Place:
+        self._wanted_disk_bytes = disk_bytes
+        place, self._ready = self._ready, None
+        if place and place.disk_bytes == disk_bytes:
+            return place
+        if place:
+            place.end()
+        return self._make_place(disk_bytes)
+
+    def _stock_up(self) -> None:
+        wanted, self._wanted_disk_bytes = self._wanted_disk_bytes, 0
+        if self._ready is None:
+            try:
+                self._ready = self._make_place(wanted)
+            except OSError:
+                return  # the next job tries again, and tells its client
+
+    def _make_place(self, disk_bytes: int) -> _Place:
+        stage, far_stage = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with contextlib.ExitStack() as undo, far_stage:
+            undo.callback(stage.close)
+            network = self._networks.take()
+            undo.callback(os.close, network)
+            linux.unshare(linux.CLONE_NEWPID)
+            try:
+                init = os.posix_spawn(root.INIT, [root.INIT], {})
+                undo.callback(_kill, init)
+                payload = linux.fork()
+                if payload == 0:
+                    stand_by(far_stage, self._world, disk_bytes, network)
+                namespace = os.stat("/proc/self/ns/pid_for_children").st_ino
+            finally:
+                linux.setns(self._namespace_fd, linux.CLONE_NEWPID)
+            undo.pop_all()
+        place = _Place(
             init=init,
             init_fd=os.pidfd_open(init),
+            payload=payload,
+            payload_fd=os.pidfd_open(payload),
             namespace=namespace,
-            leash=leash,
-            status_fd=status_fd,
-            memory_bytes=limits["memory_bytes"],
-            started=started,
-            deadline=started + limits["wall_s"],
+            network=network,
+            stage=stage,
+            disk_bytes=disk_bytes,
         )
-        for fd in (call.init_fd, leash.fileno()):
-            self._calls[fd] = call
-            self._epoll.register(fd, select.EPOLLIN)
+        self._listen(place.payload_fd, lambda: self._payload_ended(place))
+        self._listen(place.init_fd, lambda: self._init_ended(place))
+        return place
 
-    def _give_up(self, call: _Call) -> None:
-        self._forget(call.leash.fileno())
-        call.kill("killed")
+    # -- ending --------------------------------------------------------------------------------------------
 
-    def _forget(self, fd: int) -> None:
-        # explicitly, since a fork that has not closed its copy yet would keep it on the epoll
-        if self._calls.pop(fd, None):
-            self._epoll.unregister(fd)
-
-    def _finish(self, call: _Call) -> None:
-        _, wait_status = os.waitpid(call.init, 0)
-        report = os.read(call.status_fd, PACKET_BYTES)
-        if report:
-            message = json.loads(report)
-        elif os.WIFSIGNALED(wait_status):
-            message = {"exit_code": -os.WTERMSIG(wait_status)}
+    def _hear(self, place: _Place) -> None:
+        job = place.job
+        assert job
+        try:
+            message = job.leash.recv(_LEASH_MESSAGE_BYTES)
+        except OSError:
+            message = b""
+        if message == b"interrupt":
+            with contextlib.suppress(ProcessLookupError):  # it is not a program yet, or no longer
+                os.killpg(place.payload or place.init, signal.SIGINT)
+        elif message == b"memory":
+            pids = watch.processes_by_namespace().get(place.namespace, [])
+            _tell(job.leash, {"memory_bytes": watch.proportional_bytes(pids)})
         else:
-            message = {"error": f"init ended with {os.waitstatus_to_exitcode(wait_status)}"}
-        call.answer(message | {"reason": call.reason})
-        self._forget(call.init_fd)
-        self._forget(call.leash.fileno())
-        call.leash.close()
-        os.close(call.init_fd)
-        os.close(call.status_fd)
+            self._forget(job.leash.fileno())
+            place.kill("killed")
+
+    def _payload_ended(self, place: _Place) -> None:
+        _, status = os.waitpid(place.payload, 0)
+        self._forget(place.payload_fd)
+        os.close(place.payload_fd)
+        place.payload = 0
+        place.exit_code = os.waitstatus_to_exitcode(status)
+        try:
+            place.error = json.loads(place.stage.recv(PACKET_BYTES, socket.MSG_DONTWAIT) or b"{}")
+        except OSError:
+            place.error = {}  # it had not even read the job
+        if self._ready is place:
+            self._ready = None
+        place.end()
+
+    def _init_ended(self, place: _Place) -> None:
+        os.waitpid(place.init, 0)
+        self._forget(place.init_fd)
+        os.close(place.init_fd)
+        place.stage.close()
+        self._networks.give_back(place.network)
+        if job := place.job:
+            del self._running[place.namespace]
+            self._forget(job.leash.fileno())
+            job.answer({"exit_code": place.exit_code, "reason": job.reason} | place.error)
+            job.leash.close()
 
     def _enforce(self, now: float) -> None:
-        running = {call.namespace: call for call in self._calls.values()}
-        for call in running.values():
-            if now >= call.deadline:
-                call.kill("wall")
-        if now < self._next_watch or all(
-            now - call.started < _WATCH_AFTER_S for call in running.values()
-        ):
+        young = True
+        for place in self._running.values():
+            assert place.job
+            if now >= place.job.deadline:
+                place.kill("wall")
+            young = young and now - place.job.started < _WATCH_AFTER_S
+        if now < self._next_watch or not self._running:
             return
-        self._next_watch = now + _WATCH_EVERY_S
-        for namespace, pids in _processes_by_namespace().items():
-            call_or_none = running.get(namespace)
-            if call_or_none and _uses_more_than(call_or_none.memory_bytes, pids):
-                call_or_none.kill("memory")
+        if young:
+            self._next_watch = now + _WATCH_AFTER_S
+            return
+        for namespace, pids in watch.processes_by_namespace().items():
+            place_or_none = self._running.get(namespace)
+            if place_or_none and place_or_none.job:
+                if watch.uses_more_than(place_or_none.job.memory_bytes, pids):
+                    place_or_none.kill("memory")
+        took_s = time.monotonic() - now
+        self._next_watch = now + max(_WATCH_EVERY_S, took_s / _WATCH_SHARE)
 
 
-def _processes_by_namespace() -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            try:
-                namespace = os.stat(f"/proc/{name}/ns/pid").st_ino
-            except OSError:
-                continue  # it has just ended, or is an init
-            found.setdefault(namespace, []).append(int(name))
-    return found
+def _kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
-def _uses_more_than(limit_bytes: int, pids: list[int]) -> bool:
-    """Compare the resident memory first: cheap, and never less than the proportional one."""
-    if sum(map(_resident_bytes, pids)) <= limit_bytes:
-        return False
-    return sum(map(_proportional_bytes, pids)) > limit_bytes
-
-
-def _resident_bytes(pid: int) -> int:
-    try:
-        with open(f"/proc/{pid}/statm", "rb") as file:
-            return int(file.read().split()[1]) * _PAGE_BYTES
-    except OSError:
-        return 0  # it has just ended
-
-
-def _proportional_bytes(pid: int) -> int:
-    """Pages shared by n processes count 1/n: a fork's copy-on-write pages are not counted again."""
-    try:
-        with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
-            lines = file.read().splitlines()
-    except OSError:
-        return 0  # it has just ended
-    fields = (line.split() for line in lines)
-    return sum(int(field[1]) << 10 for field in fields if field[0] in (b"Pss:", b"SwapPss:"))
-
-
-class World:
-    """Makes one call's world, in init, and runs the code there."""
-
-    def __init__(self) -> None:
-        self._filter = seccomp.program(linux.machine())
-        self._below_tmp = [path for path in root.visible_paths() if path.startswith("/tmp/")]
-
-    def run(self, limits: dict[str, Any], fds: list[int], status_fd: int) -> NoReturn:
-        """Be init: make the world, fork the payload, report how it ended."""
-        code_fd, stdin_fd, output_fd = fds
-        try:
-            # process 1 ignores signals from inside but those it has a handler for
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.dup2(stdin_fd, 0)
-            os.dup2(output_fd, 1)
-            os.dup2(output_fd, 2)
-            linux.close_all_but({0, 1, 2, status_fd, code_fd})
-            self._mount(limits)
-            self._confine(limits)
-            payload = os.fork()
-            if payload == 0:
-                _run_payload(code_fd, status_fd)
-            exit_code = _wait_for(payload)
-            os.write(status_fd, json.dumps({"exit_code": exit_code}).encode())
-            os._exit(0)
-        except OSError as error:
-            os.write(status_fd, json.dumps({"error": str(error)}).encode())
-        finally:
-            os._exit(_SETUP_FAILED)
-
-    def _mount(self, limits: dict[str, Any]) -> None:
-        linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWIPC | linux.CLONE_NEWNET)
-        below_tmp = {path: os.open(path, os.O_PATH) for path in self._below_tmp}
-        flags = linux.MS_NOSUID | linux.MS_NODEV
-        size = f"size={limits['disk_bytes']},nr_inodes={_TMP_FILES},mode=1777"
-        linux.mount("tmpfs", "/tmp", "tmpfs", flags, size)
-        size = f"size={_SHARED_MEMORY_BYTES},nr_inodes=64,mode=1777"
-        linux.mount("tmpfs", "/dev/shm", "tmpfs", flags, size)
-        for path, fd in below_tmp.items():
-            root.bind(fd, path)
-            os.close(fd)
-        root.mount_proc()
-        os.chdir("/tmp")
-
-    def _confine(self, limits: dict[str, Any]) -> None:
-        linux.write_file("/proc/self/oom_score_adj", "1000")  # before anyone outside
-        # a user namespace of its own, after the mounts: they belong to the server's, and processes are counted apart
-        linux.unshare(linux.CLONE_NEWUSER)
-        linux.map_user(root.NOBODY, root.NOBODY, root.NOBODY)
-        linux.drop_capabilities()
-        cpu_s = limits["cpu_s"]
-        for limit, soft, hard in (
-            (resource.RLIMIT_AS, limits["process_memory_bytes"], None),
-            (resource.RLIMIT_CPU, cpu_s, cpu_s + 1),
-            (resource.RLIMIT_FSIZE, limits["file_bytes"], None),
-            (resource.RLIMIT_NOFILE, limits["files"], None),
-            (resource.RLIMIT_NPROC, limits["processes"] + 1, None),  # init is one
-            (resource.RLIMIT_CORE, 0, None),
-        ):
-            resource.setrlimit(limit, (soft, soft if hard is None else hard))
-        linux.set_dumpable(False)  # the payload may not write init's report
-        linux.install_seccomp(self._filter)
-
-
-def _run_payload(code_fd: int, status_fd: int) -> NoReturn:
-    exit_code = 1
-    try:
-        os.close(status_fd)
-        os.setsid()
-        linux.set_dumpable(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if random := sys.modules.get("numpy.random"):
-            random.seed()  # as `random` does by itself: a fork must not repeat another's numbers
-        with open(code_fd, encoding="utf-8") as file:
-            source = file.read()
-        exit_code = run_cell(source)
-    finally:
-        os._exit(exit_code)
-
-
-def _wait_for(payload: int) -> int:
-    while True:
-        pid, status = os.wait()  # orphans come here too
-        if pid == payload:
-            return os.waitstatus_to_exitcode(status)
-
-
-def _prepare(imports: list[str]) -> None:
+def _prepare(imports: list[str]) -> World:
     sys.path.pop(0)  # the directory that holds this package
     root.enter()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
+    world = World()
+    world.mount_scratch(_USUAL_DISK_BYTES)  # a module may want to write when it is imported
     for name in imports:
         importlib.import_module(name)
+    world.unmount_scratch()
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
         raise ImportError(f"importing {', '.join(imports)} started threads; forks of it would hang")
+    world.measure()
     gc.collect()
     gc.freeze()  # no collection touches, and so copies, what the forks share
+    linux.use_huge_pages()
+    return world
 
 
 def main() -> None:
@@ -334,8 +314,7 @@ def main() -> None:
     control = socket.socket(fileno=settings["control_fd"])
     os.umask(0o022)
     try:
-        _prepare(settings["imports"])
-        server = Server(control)
+        server = Server(control, _prepare(settings["imports"]))
     except (OSError, ImportError) as error:
         control.send(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         raise SystemExit(1) from None

@@ -1,0 +1,153 @@
+"""Dead letters and full stores against a real server."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from bus import embedded, subjects
+from bus.codec import encode
+from bus.connection import Bus, connect
+from bus.dead import dead_letters, drop_dead, follow_dead, publish_dead
+from bus.embedded import EmbeddedServer
+from bus.errors import Full
+from bus.lease import Lease
+from bus.log import Log, open_log
+from bus.provision import provision
+from bus.room import shortage
+from bus.store import get_object, purge, put_object
+from schemas.events import Admitted, Turn
+from schemas.messages import DeadLetter
+from schemas.task import PublicPart
+from schemas.tokens import Tokens
+
+LETTER = DeadLetter(stage="gen", run="test", error="why", payload=b"p", trajectory="g0-0-0", seq=3)
+
+
+async def test_letters_are_listed_in_order_and_dropped_one_by_one(bus: Bus) -> None:
+    """Those of other runs are not among them."""
+    await publish_dead(bus, LETTER)
+    await publish_dead(bus, DeadLetter(stage="gen", run="other", error="", payload=b""))
+    await publish_dead(bus, DeadLetter(stage="tool", run="test", error="too", payload=b""))
+    found = await dead_letters(bus, "test")
+    assert [dead.letter.error for dead in found if dead.letter] == ["why", "too"]
+    assert await drop_dead(bus, found[0].raw.seq)
+    assert not await drop_dead(bus, found[0].raw.seq)
+    assert len(await dead_letters(bus, "test")) == 1
+
+
+async def test_junk_among_them_is_listed_and_stops_no_follower(bus: Bus) -> None:
+    """A message there that is no letter: the dispatcher goes on, an operator sees it."""
+    await bus.store(subjects.dead("gen", "test"), b"\x93junk")
+    await publish_dead(bus, LETTER)
+    junk, letter = await dead_letters(bus, "test")
+    assert junk.letter is None
+    assert junk.junk
+    assert letter.letter == LETTER
+    following = follow_dead(bus, "test")
+    assert await asyncio.wait_for(anext(following), 5.0) == [LETTER]
+
+
+# -- the end of the room ---------------------------------------------------------------------------
+
+
+def admitted(member: int = 0) -> Admitted:
+    public = PublicPart(messages=[], extra={"padding": "x" * 50_000})
+    return Admitted(trajectory=f"g0-{member}-0", task="t", public=public, private_key="")
+
+
+async def fill(bus: Bus) -> None:
+    """Admit until nothing more goes in."""
+    with suppress(Full):
+        for member in itertools.count():
+            event = admitted(member)
+            subject = subjects.trajectory("test", event.trajectory, "admitted")
+            await bus.store(subject, encode(event), deadline_s=0.0)
+
+
+async def test_a_log_near_its_limit_says_so_with_the_figure(bus: Bus, log: Log) -> None:
+    """At nine tenths, before anything is refused; a higher limit, given later, ends it."""
+    assert await shortage(bus) == ""
+    await provision(bus, "test", [], log_limit_bytes=1_000_000)
+    member = 0
+    while not (text := await shortage(bus)):
+        await log.append(admitted(member), 0)
+        member += 1
+    assert text.startswith("the log holds 9")
+    assert text.endswith(" of 1 MB")
+    await provision(bus, "test", [])
+    assert await shortage(bus), "a limit that is not given stays as it is"
+    await provision(bus, "test", [], log_limit_bytes=2_000_000)
+    assert await shortage(bus) == ""
+
+
+async def test_an_append_to_a_full_log_waits_for_room_and_is_stored_once(
+    bus: Bus, log: Log
+) -> None:
+    """Who would lose its work waits, as long as it takes; who can decide anew is told."""
+    seq = await log.append(admitted(1000), 0)
+    await provision(bus, "test", [], log_limit_bytes=1_000_000)
+    await fill(bus)
+    tokens = Tokens.given(range(5000))
+    turn = Turn(trajectory="g0-1000-0", tokens=tokens, text="")
+    with pytest.raises(Full, match="maximum bytes exceeded"):
+        await bus.store(
+            subjects.trajectory("test", "g0-0-0", "turn"), bytes(65_000), deadline_s=0.1
+        )
+    bus.waits_when_full = True
+    waiting = asyncio.create_task(log.append(turn, seq))
+    assert not (await asyncio.wait({waiting}, timeout=1.0))[0]
+    await provision(bus, "test", [], log_limit_bytes=2_000_000)
+    await asyncio.wait_for(waiting, 10.0)
+    state = await log.trajectory("g0-1000-0")
+    assert state is not None
+    assert state.turns == [turn]
+
+
+@pytest.fixture
+async def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bus]:
+    """A server whose whole store is small."""
+    monkeypatch.setattr(
+        embedded,
+        "_CONFIG",
+        embedded._CONFIG.replace("sync_interval", "max_file_store: 4MB, sync_interval"),
+    )
+    server = EmbeddedServer(tmp_path / "small")
+    server.start()
+    async with connect(server.endpoint, "test") as connected:
+        await provision(connected, "test", ["python"])
+        yield connected
+    server.stop()
+
+
+async def test_a_full_server_is_known_by_its_refusals(small: Bus) -> None:
+    """Its limit is told to nobody; nothing is lost meanwhile, and all goes on when something was deleted."""
+    lease = Lease(small, "test", "dispatcher", "one")
+    await lease.acquire()
+    async with open_log(small, "test") as log:
+        seq = await log.append(admitted(1000), 0)
+        assert await shortage(small) == ""
+        await fill(small)
+        assert (await shortage(small)).startswith("the server's store is full; it holds 4")
+        keeping = asyncio.create_task(lease.keep())
+        small.waits_when_full = True
+        weights = bytes(600_000)
+        waiting = asyncio.gather(
+            log.append(Turn(trajectory="g0-1000-0", tokens=Tokens.given(range(9)), text=""), seq),
+            put_object(small, "weights", "test", weights),
+        )
+        assert not (await asyncio.wait({waiting, keeping}, timeout=2.0))[0]
+        for member in range(20):
+            await purge(small, "LOG", subjects.trajectory("test", f"g0-{member}-0"))
+        _, name = await asyncio.wait_for(waiting, 15.0)
+        assert await get_object(small, "weights", "test", name) == weights
+        assert not keeping.done()
+        keeping.cancel()
+
+
+async def test_a_limit_that_does_not_fit_the_server_is_said_at_once(small: Bus) -> None:
+    with pytest.raises(Full, match="cannot set 1000000000 bytes aside"):
+        await provision(small, "test", [], log_limit_bytes=1_000_000_000)

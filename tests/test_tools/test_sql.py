@@ -1,0 +1,350 @@
+"""The `sql` tool: what a query sees, and what it cannot do, on each kind of database."""
+
+import asyncio
+import os
+import shutil
+import sqlite3
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from bus.embedded import free_port
+from tools.errors import ToolError
+from tools.registry import load_tools, open_tools
+from tools.sandbox.sandbox import Limits, Outcome
+from tools.tool import Context, Observation, Place
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+Ask = Callable[..., Awaitable[Observation]]
+
+ENDLESS = "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT count(*) FROM t"
+
+
+def contents(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+async def no_sandbox(code: str, **_: Any) -> Outcome:
+    raise AssertionError("sql runs no code")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def ask() -> AsyncIterator[Ask]:
+    """`await ask(query, database)`, in two children, at most three rows."""
+    options = {
+        "databases": {"shop": "env:TEST_SHOP_URL", "unset": "env:NO_SUCH_URL"},
+        "max_rows": 3,
+        "children": 2,
+    }
+    (sql,) = load_tools(["sql"], options={"sql": options}).values()
+
+    async def query(text: str, database: object, wall_s: float = 20) -> Observation:
+        database = str(database) if isinstance(database, Path) else database
+        task = {"database": database} if database else {}
+        context = Context(run=no_sandbox, limits=Limits(wall_s=wall_s), task=task)
+        return await sql(context, {"query": text})
+
+    async with open_tools([sql], Place(recipe_dir="/nowhere")):
+        yield query
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """A database of five books."""
+    path = tmp_path / "shop.sqlite"
+    with sqlite3.connect(path) as link:
+        link.execute(
+            "CREATE TABLE book (id INTEGER PRIMARY KEY, title TEXT, price REAL, cover BLOB)"
+        )
+        rows = [(f"Book {n}", n * 1.5, bytes([n])) for n in range(5)]
+        link.executemany("INSERT INTO book (title, price, cover) VALUES (?, ?, ?)", rows)
+    link.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("query", "text"),
+    [
+        (
+            "SELECT id, title, price FROM book WHERE id < 3",
+            "id | title | price\n------------------\n1 | Book 0 | 0.0\n2 | Book 1 | 1.5\n(2 rows)",
+        ),
+        ("SELECT id FROM book;", "id\n--\n1\n2\n3\n(the first 3 rows; there are more)"),
+        ("SELECT id FROM book WHERE id > 9 -- none", "id\n--\n(0 rows)"),
+        ("SELECT NULL AS a, x'00ff' AS b", "a | b\n-----\nNULL | x'00ff'\n(1 row)"),
+        ("SELECT 'x' || char(10) || '\\' AS a", "a\n-\nx\\n\\\\\n(1 row)"),
+        ("SELECT CAST(x'ff' AS TEXT) AS a", "a\n-\n\ufffd\n(1 row)"),
+        ("SELECT sum(price) OVER (ORDER BY id) AS s FROM book LIMIT 1", "s\n-\n0.0\n(1 row)"),
+        ("PRAGMA table_info(book)", "cid | name"),
+        ("EXPLAIN QUERY PLAN SELECT * FROM book", "SCAN book"),
+    ],
+)
+async def test_a_query_shows_a_table_with_headers(
+    ask: Ask, shop: Path, query: str, text: str
+) -> None:
+    """Names, rows, how many; a row is one line; bytes and NULL are told from text."""
+    seen = await ask(query, shop)
+    assert seen.ok
+    assert text in seen.text
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "DELETE FROM book",
+        "INSERT INTO book (title) VALUES ('x') RETURNING id",
+        "CREATE TABLE t (x)",
+        "CREATE TEMP TABLE t (x)",
+        "DROP TABLE book",
+        "ATTACH '/tmp/other.sqlite' AS other",
+        "ATTACH ':memory:' AS other",
+        "VACUUM INTO 'copy.sqlite'",
+        "PRAGMA query_only = OFF",
+        "PRAGMA writable_schema = ON",
+        "PRAGMA database_list",
+        "PRAGMA hard_heap_limit = 0",
+        "SELECT load_extension('x')",
+        "SELECT * FROM pragma_database_list",
+        "BEGIN; DELETE FROM book; COMMIT",
+        "BEGIN",
+        "SELECT 1; SELECT 2",
+        "SELECT nothing FROM nowhere",
+        "",
+        "SELECT '\x00'",
+        "SELECT randomblob(1000000000)",
+        "SELECT hex(zeroblob(100000000))",
+    ],
+)
+async def test_nothing_but_reading_is_possible(ask: Ask, shop: Path, query: str) -> None:
+    """Refused with the database's own words, and the file is as it was."""
+    before = contents(shop)
+    seen = await ask(query, shop)
+    assert not seen.ok or seen.text == "(no result)"
+    assert str(shop.parent) not in seen.text
+    assert contents(shop) == before
+    assert sorted(path.name for path in shop.parent.iterdir()) == ["shop.sqlite"]
+    assert (await ask("SELECT count(*) AS n FROM book", shop)).text.startswith("n\n-\n5")
+
+
+async def test_a_slow_query_ends_and_blocks_nobody(ask: Ask, shop: Path) -> None:
+    """It is told that its time was over; others run beside it, in the same loop."""
+    slow = asyncio.create_task(ask(ENDLESS, shop, wall_s=3))
+    quick = [await ask("SELECT 1 AS one", shop) for _ in range(3)]
+    assert not slow.done()
+    assert all(seen.ok for seen in quick)
+    assert await slow == Observation(text="Timed out after 3 s.", ok=False)
+
+
+async def test_a_query_in_one_long_step_is_killed(ask: Ask, shop: Path) -> None:
+    """One that never asks for the time dies with its child, and the next query gets another."""
+    query = "SELECT instr(hex(zeroblob(3000000)), hex(zeroblob(1000000)) || 'x')"
+    seen = await ask(query, shop, wall_s=0.2)
+    assert seen == Observation(text="Timed out after 0.2 s.", ok=False)
+    assert (await ask("SELECT 1 AS one", shop)).ok
+
+
+async def test_memory_is_capped(ask: Ask, shop: Path) -> None:
+    """A query that sorts more than fits is told so; the toolbox lives on."""
+    big = (
+        "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t LIMIT 100000) "
+        "SELECT hex(randomblob(4000)) AS h FROM t ORDER BY h"
+    )
+    seen = await ask(big, shop, wall_s=60)
+    assert not seen.ok
+    assert "memory" in seen.text
+
+
+@pytest.mark.parametrize(
+    ("database", "says"),
+    [
+        (None, "no `database`"),
+        ("gone.sqlite", "no file .*gone.sqlite"),
+        ("unset", "NO_SUCH_URL is not set"),
+        (7, "no `database`"),
+        ("oracle://x", "no file|no such kind"),
+        ("junk.sqlite", "not a database"),
+    ],
+)
+async def test_a_database_that_is_not_there_is_nobodys_query(
+    ask: Ask, tmp_path: Path, database: object, says: str
+) -> None:
+    """Infrastructure, not an observation."""
+    (tmp_path / "junk.sqlite").write_bytes(b"junk" * 999)
+    if database == "junk.sqlite":
+        database = tmp_path / "junk.sqlite"
+    with pytest.raises(ToolError, match=says):
+        await ask("SELECT 1", database)
+
+
+async def test_databases_have_names_and_urls(
+    ask: Ask, shop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path, a URL, or a name that the recipe explains, from the environment if it says so."""
+    monkeypatch.setenv("TEST_SHOP_URL", f"sqlite://{shop}")
+    for database in ("shop", shop, f"sqlite://{shop}"):
+        assert (await ask("SELECT count(*) AS n FROM book", database)).text == "n\n-\n5\n(1 row)"
+
+
+async def test_an_unfinished_log_is_refused(ask: Ask, shop: Path) -> None:
+    """Read as unchanging, the file would show old data."""
+    link = sqlite3.connect(shop)
+    link.execute("PRAGMA journal_mode = WAL")
+    link.execute("DELETE FROM book")
+    link.commit()
+    with pytest.raises(ToolError, match="write-ahead log"):
+        await ask("SELECT 1", shop)
+    link.close()
+
+
+# -- DuckDB ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ducks(tmp_path: Path) -> Path:
+    duckdb = pytest.importorskip("duckdb")
+    path = tmp_path / "ducks.db"
+    with duckdb.connect(str(path)) as link:
+        link.execute("CREATE TABLE duck AS SELECT i AS id, 'duck ' || i AS name FROM range(5) t(i)")
+    return path
+
+
+async def test_duckdb_is_known_by_its_file(ask: Ask, ducks: Path) -> None:
+    """Whatever it is called; the same table."""
+    seen = await ask("SELECT id, name FROM duck ORDER BY id", ducks)
+    assert seen.text.splitlines()[:3] == ["id | name", "---------", "0 | duck 0"]
+    assert seen.text.endswith("(the first 3 rows; there are more)")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "DELETE FROM duck",
+        "SELECT * FROM read_csv('/etc/passwd')",
+        "SELECT * FROM read_text('/etc/hostname')",
+        "SELECT * FROM '/etc/passwd'",
+        "SELECT * FROM glob('/*')",
+        "COPY duck TO 'copy.csv'",
+        "ATTACH 'other.db'",
+        "INSTALL httpfs",
+        "LOAD httpfs",
+        "SET enable_external_access = true",
+        "SET memory_limit = '10GB'",
+        "SELECT 1; DROP TABLE duck",
+        "SELECT getenv('HOME')",
+        "EXPORT DATABASE 'copy'",
+        "SELEC 1",
+        "",
+    ],
+)
+async def test_duckdb_reaches_nothing_else(ask: Ask, ducks: Path, query: str) -> None:
+    """No file, no network, no setting, no writing."""
+    before = contents(ducks)
+    seen = await ask(query, ducks)
+    assert not seen.ok, seen.text
+    assert contents(ducks) == before
+    assert sorted(path.name for path in ducks.parent.iterdir()) == ["ducks.db"]
+
+
+async def test_duckdb_ends_in_time(ask: Ask, ducks: Path) -> None:
+    query = "SELECT count(*) FROM range(1000000) a, range(1000000) b WHERE a.range * b.range = 7"
+    assert await ask(query, ducks, wall_s=0.5) == Observation(
+        text="Timed out after 0.5 s.", ok=False
+    )
+
+
+# -- PostgreSQL --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """A server of our own, without a password; yields host and port as a URL's part."""
+    pytest.importorskip("psycopg")
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
+        pytest.skip("PostgreSQL is not installed: its part of the sql tool is NOT tested here")
+    as_postgres = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+    run_as = as_postgres if os.getuid() == 0 else []
+    folder = Path(tempfile.mkdtemp(prefix="pg-"))
+    if run_as:
+        shutil.chown(folder, "postgres", "postgres")
+    port = free_port()
+
+    def run(program: str, *arguments: str) -> None:
+        command = [*run_as, str(programs[-1] / program), *arguments]
+        subprocess.run(command, check=True, capture_output=True, cwd=folder, timeout=100)
+
+    data = str(folder / "data")
+    run("initdb", "-D", data, "-U", "owner", "-A", "trust", "--no-sync")
+    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+    run("pg_ctl", "-D", data, "-o", options, "-l", str(folder / "log"), "-w", "start")
+    try:
+        for statement in (
+            "CREATE ROLE reader LOGIN; CREATE TABLE fish (id int, name text)",
+            "INSERT INTO fish SELECT i, 'fish ' || i FROM generate_series(1, 5) i",
+            "GRANT ALL ON fish TO reader; GRANT CREATE ON SCHEMA public TO reader",
+        ):
+            at = ("-h", "127.0.0.1", "-p", str(port), "-U", "owner", "-d", "postgres")
+            run("psql", *at, "-v", "ON_ERROR_STOP=1", "-c", statement)
+        yield f"127.0.0.1:{port}/postgres"
+    finally:
+        run("pg_ctl", "-D", data, "-m", "immediate", "stop")
+        shutil.rmtree(folder)
+
+
+async def test_postgresql_by_url(ask: Ask, server: str) -> None:
+    """The same table."""
+    seen = await ask("SELECT id, name FROM fish ORDER BY id;", f"postgresql://reader@{server}")
+    assert seen.text.splitlines()[:3] == ["id | name", "---------", "1 | fish 1"]
+    assert seen.text.endswith("(the first 3 rows; there are more)")
+    assert (await ask("TABLE fish", f"postgres://reader@{server}")).ok
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "DELETE FROM fish",
+        "WITH d AS (DELETE FROM fish RETURNING 1) SELECT * FROM d",
+        "SELECT 1; DELETE FROM fish",
+        "SELECT 1; COMMIT; DELETE FROM fish",
+        "COMMIT",
+        "SET transaction_read_only = off",
+        "SELECT set_config('transaction_read_only', 'off', false)",
+        "SELECT set_config('transaction_read_only', 'off', true), lo_from_bytea(0, 'x')",
+        "DO $$ BEGIN DELETE FROM fish; END $$",
+        "CREATE TABLE t (x int)",
+        "SELECT 1 INTO t",
+        "SELECT * FROM fish FOR UPDATE",
+        "COPY fish TO '/tmp/fish'",
+        "COPY fish TO PROGRAM 'id'",
+        "SELECT pg_read_file('/etc/passwd')",
+        "SELECT nextval('x')",
+        "SELECT nothing",
+        "",
+        "SELECT '\x00'",
+    ],
+)
+async def test_postgresql_is_only_read(ask: Ask, server: str, query: str) -> None:
+    """Whatever rights its role has."""
+    url = f"postgresql://reader@{server}"
+    seen = await ask(query, url)
+    assert not seen.ok, seen.text
+    assert (await ask("SELECT count(*) AS n FROM fish", url)).text == "n\n-\n5\n(1 row)"
+
+
+async def test_postgresql_ends_in_time(ask: Ask, server: str) -> None:
+    seen = await ask("SELECT pg_sleep(60)", f"postgresql://reader@{server}", wall_s=1)
+    assert seen == Observation(text="Timed out after 1 s.", ok=False)
+
+
+async def test_a_role_that_reaches_files_is_refused(ask: Ask, server: str) -> None:
+    """A superuser's query could read the server's files and run its programs; so could no such server be asked."""
+    with pytest.raises(ToolError, match="give the URL of another"):
+        await ask("SELECT 1", f"postgresql://owner@{server}")
+    with pytest.raises(ToolError, match="database"):
+        await ask("SELECT 1", f"postgresql://nobody@127.0.0.1:{free_port()}/x", wall_s=2)

@@ -1,0 +1,146 @@
+"""A kept connection to one MCP server, by the official SDK. Imported only where there are MCP servers.
+
+The SDK wants a connection to be opened and closed by one task: a task of its own holds it, calls come from any.
+"""
+
+import asyncio
+import os
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx2
+import pydantic
+from mcp import Client, MCPError, StdioServerParameters
+from mcp.client.streamable_http import streamable_http_client
+from mcp_types import CONNECTION_CLOSED, REQUEST_TIMEOUT, CallToolResult, Tool
+
+from tools.errors import ToolError
+from tools.tool import Observation
+
+if TYPE_CHECKING:
+    from tools.mcp import Server
+
+_CONNECT_S = 30.0
+_MAX_PAGES = 100
+_HTTP_READ_S = 300.0
+
+
+class Connection:
+    """One server. Connects when first asked, and anew after the connection was lost."""
+
+    def __init__(self, name: str, server: "Server", recipe_dir: str) -> None:
+        self._name = name
+        self._server = server
+        self._recipe_dir = recipe_dir
+        self._opening = asyncio.Lock()
+        self._client: Client | None = None
+        self._holder: asyncio.Task[None] | None = None
+        self._let_go = asyncio.Event()
+
+    async def list_functions(self, wall_s: float) -> list[Tool]:
+        """Everything that the server offers, however many pages it takes. Raises ToolError."""
+        found: list[Tool] = []
+        cursor: str | None = None
+        try:
+            async with asyncio.timeout(wall_s):
+                client = await self._connected()
+                for _ in range(_MAX_PAGES):
+                    page = await client.list_tools(cursor=cursor)
+                    found += page.tools
+                    cursor = page.next_cursor
+                    if cursor is None:
+                        return found
+        except (MCPError, TimeoutError, pydantic.ValidationError) as error:
+            raise self._failed(error) from error
+        raise self._failed(f"more than {_MAX_PAGES} pages of tools")
+
+    async def call(
+        self, name: str, arguments: dict[str, Any], wall_s: float
+    ) -> CallToolResult | Observation:
+        """What the server answers; its refusal is an observation. Raises ToolError, and TimeoutError."""
+        client = await self._connected()
+        try:
+            return await client.call_tool(name, arguments, read_timeout_seconds=wall_s)
+        except MCPError as error:
+            if error.code == REQUEST_TIMEOUT:
+                raise TimeoutError from error
+            if error.code == CONNECTION_CLOSED:
+                await self.close()
+                raise self._failed(error) from error
+            return Observation(text=f"Error: {error.message}", ok=False)
+        except (RuntimeError, pydantic.ValidationError) as error:  # not what it had declared
+            raise self._failed(error) from error
+
+    async def close(self) -> None:
+        """Let the server go; the next call connects again."""
+        holder, self._holder, self._client = self._holder, None, None
+        if holder is not None:
+            self._let_go.set()
+            await asyncio.wait({holder})
+
+    async def _connected(self) -> Client:
+        async with self._opening:
+            if self._holder is not None and self._holder.done():
+                self._holder = self._client = None
+            if self._client is None:
+                self._let_go = asyncio.Event()
+                opened: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
+                self._holder = asyncio.create_task(
+                    self._hold(opened, self._let_go), name=f"mcp {self._name}"
+                )
+                self._client = await opened
+            return self._client
+
+    async def _hold(self, opened: asyncio.Future[Client], let_go: asyncio.Event) -> None:
+        """Open, wait, close: all in this task."""
+        try:
+            async with AsyncExitStack() as stack:
+                async with asyncio.timeout(_CONNECT_S):
+                    client = await stack.enter_async_context(self._open(stack))
+                opened.set_result(client)
+                await let_go.wait()
+        except (OSError, ValueError, RuntimeError, MCPError, httpx2.HTTPError) as error:
+            self._report(opened, error)
+        except ExceptionGroup as group:  # of the SDK's task groups
+            self._report(opened, group)
+
+    def _report(self, opened: asyncio.Future[Client], error: Exception) -> None:
+        """Tell who waits for the connection; later losses are told by the calls themselves."""
+        if not opened.done():
+            opened.set_exception(self._failed(error))
+
+    def _open(self, stack: AsyncExitStack) -> Client:
+        server = self._server
+        if server.command:
+            program, *arguments = (_from_environment(part) for part in server.command)
+            return Client(
+                StdioServerParameters(
+                    command=program,
+                    args=arguments,
+                    env={name: _from_environment(value) for name, value in server.env.items()},
+                    cwd=Path(self._recipe_dir, server.folder).resolve(),
+                )
+            )
+        http = httpx2.AsyncClient(
+            headers={name: _from_environment(value) for name, value in server.headers.items()},
+            timeout=httpx2.Timeout(_CONNECT_S, read=_HTTP_READ_S),
+        )
+        stack.push_async_callback(http.aclose)
+        return Client(streamable_http_client(server.url, http_client=http))
+
+    def _failed(self, why: object) -> ToolError:
+        while isinstance(why, ExceptionGroup):
+            why = why.exceptions[0]
+        text = str(why) or type(why).__name__
+        return ToolError("mcp_server", f"mcp server {self._name}: {text}")
+
+
+def _from_environment(value: str) -> str:
+    """`env:NAME` → the variable. Raises ValueError if it is not set."""
+    if not value.startswith("env:"):
+        return value
+    name = value.removeprefix("env:")
+    if name not in os.environ:
+        raise ValueError(f"the variable {name} is not set")
+    return os.environ[name]

@@ -1,0 +1,92 @@
+"""The process that runs the code of one call or session: it stands by in a world of its own until it is told what.
+
+Standard library only. The job is one packet on `stage`: `{"kind": …, "limits": {…}}` and descriptors:
+
+    call      output, code, stdin[, report]       one piece of code; figures go to `report`, when there is one
+    python    output, channel                     cells, as they come on the channel; see session_cells.py
+    bash      output, lines, replies              scripts, as they come; see shell.py
+
+`stage` is closed before any of the code runs, so nothing the code does looks like the server's or this module's word.
+"""
+
+import json
+import os
+import socket
+import sys
+from typing import Any, NoReturn
+
+from tools.sandbox import linux, shell
+from tools.sandbox.cell import run_program, take_figures, warm_up
+from tools.sandbox.session_cells import serve_cells
+from tools.sandbox.world import World
+
+PACKET_BYTES = 1 << 16
+SETUP_FAILED = 97
+_MOST_DESCRIPTORS = 4
+_SAMPLE = '{"kind": "call", "limits": {"wall_s": 1.0, "files": 1}}'
+
+
+def stand_by(stage: socket.socket, world: World, disk_bytes: int, net_fd: int) -> NoReturn:
+    """Make the world, wait for the job, do it, and end."""
+    exit_code = SETUP_FAILED
+    try:
+        try:
+            linux.close_all_but({0, 1, 2, stage.fileno(), net_fd})
+            world.enter(disk_bytes, net_fd)
+            os.close(net_fd)
+            warm_up()
+            json.loads(_SAMPLE)
+            packet, fds = linux.receive_fds(stage, PACKET_BYTES, _MOST_DESCRIPTORS)
+            job = json.loads(packet) if packet else None
+            if job:
+                _become_a_program(job, world, output_fd=fds.pop(0))
+        except OSError as error:
+            stage.send(json.dumps({"error": str(error)}).encode())
+            job = None
+        stage.close()
+        if job:
+            exit_code = _do(job, fds)
+    finally:
+        os._exit(exit_code)
+
+
+def _become_a_program(job: dict[str, Any], world: World, output_fd: int) -> None:
+    os.setsid()
+    os.dup2(output_fd, 1)
+    os.dup2(output_fd, 2)
+    os.close(output_fd)
+    limits = job["limits"]
+    if job["kind"] == "call":
+        world.limit(limits, (limits["cpu_s"], limits["cpu_s"] + 1))
+    else:
+        world.limit(limits, (limits["session_cpu_s"],) * 2)
+    for name in ("random", "numpy.random"):
+        if module := sys.modules.get(name):
+            module.seed()  # a fork must not repeat another's numbers
+
+
+def _do(job: dict[str, Any], fds: list[int]) -> int:
+    if job["kind"] == "python":
+        serve_cells(*fds)
+    elif job["kind"] == "bash":
+        shell.become(*fds)
+    else:
+        return _run_once(job["limits"]["image_bytes"], *fds)
+    return 0
+
+
+def _run_once(image_bytes: int, code_fd: int, stdin_fd: int, report_fd: int | None = None) -> int:
+    os.dup2(stdin_fd, 0)
+    os.close(stdin_fd)
+    with open(code_fd, encoding="utf-8") as file:
+        source = file.read()
+    if report_fd is None:
+        return run_program(source)
+
+    def report_figures() -> None:
+        images = take_figures(image_bytes)
+        header = json.dumps({"images": [len(image) for image in images]}).encode()
+        with open(report_fd, "wb") as report:
+            report.writelines([header, b"\n", *images])
+
+    return run_program(source, report_figures)

@@ -1,0 +1,50 @@
+"""What the processes of a namespace take, from /proc. Standard library only."""
+
+import os
+import resource
+from collections.abc import Iterable
+
+_PAGE_BYTES = resource.getpagesize()
+
+
+def processes_by_namespace() -> dict[int, list[int]]:
+    """Pids of all processes that are to be seen, by the inode of their process namespace."""
+    found: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                namespace = os.stat(f"/proc/{name}/ns/pid").st_ino
+            except OSError:
+                continue  # it has just ended
+            found.setdefault(namespace, []).append(int(name))
+    return found
+
+
+def uses_more_than(limit_bytes: int, pids: Iterable[int]) -> bool:
+    """Compare the resident memory first: cheap, and never less than the proportional one."""
+    if sum(map(_resident_bytes, pids)) <= limit_bytes:
+        return False
+    return proportional_bytes(pids) > limit_bytes
+
+
+def proportional_bytes(pids: Iterable[int]) -> int:
+    """Pages shared by n processes count 1/n: a fork's copy-on-write pages are not counted again."""
+    return sum(map(_proportional_bytes, pids))
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/statm", "rb", buffering=0) as file:
+            return int(file.read(256).split()[1]) * _PAGE_BYTES
+    except OSError:
+        return 0  # it has just ended
+
+
+def _proportional_bytes(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return 0  # it has just ended
+    fields = (line.split() for line in lines)
+    return sum(int(field[1]) << 10 for field in fields if field[0] in (b"Pss:", b"SwapPss:"))
