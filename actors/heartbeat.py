@@ -41,7 +41,7 @@ class Vitals:
     phase: str = "starting"
     policy_version: int = -1
     held: dict[tuple[str, int], tuple[str, float]] = field(default_factory=dict)
-    """Trajectory and its log sequence → stage, and since when (monotonic seconds; infinity: its turn is yet to come)."""
+    """Trajectory and its log sequence → stage, and since when (monotonic seconds; infinity: not begun)."""
     stalls: list[Stall] = field(default_factory=list)
     """What it sees stand still, longest first."""
     started_s: float = field(default_factory=time.monotonic)

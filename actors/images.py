@@ -1,6 +1,7 @@
 """Images of observations: their bytes go to the store, the log names them by their hash."""
 
 from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
 
 from bus import blobs
 from bus.connection import Bus
@@ -9,6 +10,16 @@ from tools.tool import Image
 
 StoreImages = Callable[[Sequence[Image]], Awaitable[list[StoredImage]]]
 """Puts images away, in order."""
+LoadImage = Callable[[StoredImage], Awaitable[Image]]
+"""Gets one again."""
+
+
+class Images(NamedTuple):
+    """Where a toolbox puts images, and has them from."""
+
+    store: StoreImages
+    load: LoadImage
+
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
@@ -31,6 +42,12 @@ async def store_images(bus: Bus, run: str, images: Sequence[Image]) -> list[Stor
             )
         )
     return stored
+
+
+async def load_image(bus: Bus, run: str, stored: StoredImage) -> Image:
+    """An image that was put away. Raises BusError."""
+    data = await blobs.get_blob(bus, run, stored.sha256)
+    return Image(data=data, media_type=stored.media_type)
 
 
 def image_size(data: bytes) -> tuple[int, int]:

@@ -94,6 +94,10 @@ def _check(recipe: Recipe, where: str) -> None:
         raise RecipeError(where, "data.path", "no tasks: give it or data.rows")
     if recipe.cold_start.steps and not recipe.cold_start.demonstrations:
         raise RecipeError(where, "cold_start.demonstrations", "cold_start.steps needs it")
+    shown = recipe.tools.show != "none" or recipe.tools.format == "template"
+    if recipe.cold_start.steps and shown:
+        why = 'demonstrations do not show tools: put them into the messages, with show = "none"'
+        raise RecipeError(where, "tools.show", why)
     if recipe.generator.engine == "scripted" and not recipe.generator.script:
         raise RecipeError(where, "generator.script", "the scripted engine needs it")
     for key, fix in contradictions(recipe):

@@ -152,7 +152,7 @@ async def _follow_policy(process: Process, update: Callable[[bytes, int], Awaita
 
 async def serve_toolbox(process: Process) -> None:
     """Run tool calls."""
-    from actors.images import store_images
+    from actors.images import Images, load_image, store_images
     from actors.toolbox import Toolbox
     from tools.registry import load_tools, open_tools
     from tools.sandbox.select import open_sandbox
@@ -163,8 +163,11 @@ async def serve_toolbox(process: Process) -> None:
     process.vitals.phase = "testing the sandbox"
     sandbox = await open_sandbox(recipe.tools.tier)
     log.info("sandbox", tier=sandbox.tier)
-    store = partial(store_images, process.bus, process.run)
-    actor = Toolbox(recipe, tools, sandbox, store, process.replica)
+    images = Images(
+        partial(store_images, process.bus, process.run),
+        partial(load_image, process.bus, process.run),
+    )
+    actor = Toolbox(recipe, tools, sandbox, images, process.replica)
     try:
         place = Place(recipe_dir=process.recipe_dir, encoder=open_encoder)
         async with open_tools(tools.values(), place):

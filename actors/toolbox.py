@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 from msgspec.structs import replace
 
 from actors.actor import HopFailed
-from actors.images import StoreImages
+from actors.images import Images
 from bus.subjects import Stage
 from schemas.events import Event, Result
 from schemas.recipe import Recipe
@@ -29,12 +30,12 @@ class Toolbox:
         recipe: Recipe,
         tools: Mapping[str, Tool],
         sandbox: Sandbox,
-        store_images: StoreImages,
+        images: Images,
         replica: str,
     ) -> None:
         self._tools = tools
         self._sandbox = sandbox
-        self._store_images = store_images
+        self._images = images
         self._recipe = recipe.tools
         self._limits = Limits()
         self._replica = replica
@@ -47,8 +48,12 @@ class Toolbox:
         tool = self._tools.get(call.tool)
         if tool is None:
             raise HopFailed("recipe", "unknown_tool", f"no tool {call.tool!r} here")
+        shown = [image for result in state.results for image in result.images]
         context = Context(
-            run=self._sandbox.run, limits=self._limits_of(tool), task=state.admitted.public.extra
+            run=self._sandbox.run,
+            limits=self._limits_of(tool),
+            task=state.admitted.public.extra,
+            images=[partial(self._images.load, image) for image in shown],
         )
         begun = time.monotonic()
         try:
@@ -66,7 +71,7 @@ class Toolbox:
             ok=observation.ok,
             duration_ms=duration_ms,
             tier=self._sandbox.tier,
-            images=await self._store_images(observation.images),
+            images=await self._images.store(observation.images),
         )
 
     def _limits_of(self, tool: Tool) -> Limits:

@@ -19,7 +19,7 @@ from msgspec import structs
 
 from actors.recipe import load_recipe
 from actors.rules import Report
-from actors.training import NAME
+from actors.learner import NAME
 from actors.verify import audit, report_text
 from bench.running import RUN, RealRun, start_run
 from bench.storm import Storm

@@ -17,7 +17,7 @@ import uvloop
 from msgspec import structs
 
 from actors.recipe import load_recipe
-from actors.training import NAME
+from actors.learner import NAME
 from bench import single_process
 from bench.running import RUN, start_run
 from bus import subjects

@@ -74,7 +74,7 @@ class Tools(_Section, frozen=True):
     the system message."""
     stop_after_call: bool = True
     """A turn ends with its first call, where the format has an end to stop at; else the policy ends it."""
-    tier: Literal["auto", "ns", "unsafe"] = "auto"
+    tier: Literal["auto", "ns", "landlock", "docker", "unsafe"] = "auto"
     """The sandbox tier; `auto` takes the strongest that passes its own attack test and refuses otherwise."""
     timeout_s: Seconds = 10.0
     """Wall clock of one call of the policy's code."""
@@ -179,7 +179,7 @@ class Kl(_Section, frozen=True):
     estimator: Literal["k1", "k2", "k3"] = "k3"
     place: Literal["loss", "reward"] = "loss"
     weighted: bool = True
-    """In the loss: times learner/engine, which makes the gradient that of the divergence; masked tokens take no part."""
+    """In the loss: times learner/engine, so that its gradient is that of the divergence; masked tokens take no part."""
     behaviour_coefficient: NonNegativeFloat = 0.0
     """The weight, in the loss, of the divergence from the engine's policy."""
 

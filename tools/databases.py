@@ -96,9 +96,12 @@ _READS = {
     sqlite3.SQLITE_RECURSIVE,
 }
 _FORBIDDEN_FUNCTIONS = {"load_extension", "fts3_tokenizer"}
+_DECLARING = (sqlite3.SQLITE_UPDATE, "sqlite_master")
+"""What SQLite asks about when it declares a virtual table (json_each, FTS5), and never does."""
 _PRAGMAS = {
     *("table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo"),
     *("foreign_key_list", "function_list", "collation_list", "compile_options"),
+    "data_version",
 }
 """Those that only describe."""
 
@@ -157,6 +160,7 @@ def _authorize(
 ) -> int:
     allowed = (
         action in _READS
+        or (action, first) == _DECLARING
         or (action == sqlite3.SQLITE_FUNCTION and second not in _FORBIDDEN_FUNCTIONS)
         or (action == sqlite3.SQLITE_PRAGMA and first in _PRAGMAS)
     )

@@ -106,7 +106,7 @@ async def image(  # noqa: PLR0913 (one for each action)
     if box is None and action in ("crop", "zoom"):
         return Observation(text=f"To {action}, give a `box`.", ok=False)
     source = sources[number - 1]
-    data = source.data if isinstance(source, Image) else pictures.bytes_of(source)
+    data = (await source()).data if callable(source) else pictures.bytes_of(source)
     arguments = {"box": box, "factor": factor, "degrees": degrees, "frame": frame}
     wall_s = context.limits.wall_s
     try:

@@ -180,7 +180,7 @@ def observe(result: "CallToolResult") -> Observation:
 def _show(block: "ContentBlock") -> tuple[str, Image | None]:
     match block.type:
         case "text":
-            return block.text, None
+            return block.text.replace(PLACEHOLDER, "[image]"), None  # no image stands for it
         case "image":
             data = base64.b64decode(block.data)
             return PLACEHOLDER, Image(data=data, media_type=block.mime_type)

@@ -1,4 +1,4 @@
-"""The `python` tool, which runs each call in a fresh sandbox, and `python_session`, whose calls share their variables."""
+"""`python` runs each call in a fresh sandbox; the calls of `python_session` share their variables."""
 
 from tools.function import tool
 from tools.outcome import observe, session_of, with_figures
@@ -20,7 +20,7 @@ async def python(context: Context, code: str, stdin: str = "") -> Observation:
 
 @tool(session=True)
 async def python_session(context: Context, code: str, stdin: str = "") -> Observation:
-    """Run Python code like a notebook cell: variables, imports, files and background processes are kept for later calls.
+    """Run Python code like a notebook cell: variables, imports, files and processes are kept for later calls.
 
     What it prints is returned; a last expression is printed too, and matplotlib figures are shown.
 

@@ -39,6 +39,10 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     """`image/png`, …"""
 
 
+LoadImage = Callable[[], Awaitable[Image]]
+"""`await load()`: the image."""
+
+
 class Context(msgspec.Struct, frozen=True, kw_only=True):
     """What a tool is given beside the policy's arguments."""
 
@@ -48,8 +52,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     """The task row's `public.extra`."""
     session: OpenSession | None = None
     """For a tool with `session = True`."""
-    images: list[Image] = []
-    """The images of the trajectory's earlier observations, in order."""
+    images: list[LoadImage] = []
+    """The images of the trajectory's earlier observations, in order, each to be loaded."""
     options: Any = None
     """The tool's own options from the recipe; set by the tool before its function runs."""
     opened: Any = None

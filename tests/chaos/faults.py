@@ -1,8 +1,8 @@
 """Kills a replica at a chosen point of its work: between a commit and its acknowledgement, in a checkpoint,
 while a tool call is held. A replica loads it when `ACTORS_FAULTS=faults:arm` is in its environment.
 
-Each point fires `TIMES` times in a run, however many processes pass it: who makes the marker file may die. A point that
-never fires is a hole in the suite, and the suite fails.
+Each point fires its number of times in a run, however many processes pass it: who makes the marker file may die. A
+point that never fires is a hole in the suite, and the suite fails.
 """
 
 import asyncio
@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 MARKERS_VARIABLE = "CHAOS_MARKERS"
 """A folder; `<point>.<n>` in it says that the point has fired for the n-th time."""
 
-TIMES = 2
 _PAUSE_S = 1.0
 """Between two deaths of one role, so that it lives long enough to reach the points of later work."""
 
@@ -44,7 +43,8 @@ class Point(NamedTuple):
     passes: Passes = _always
     """Whether a call of the target, by its arguments, is the one meant."""
     early: bool = False
-    """It is part of how the role starts: no pause before."""
+    """It may come soon after the role has started: no pause before."""
+    times: int = 2
 
     @property
     def name(self) -> str:
@@ -76,8 +76,8 @@ POINTS = (
     Point("dispatcher", "bus.private:put_private", "after"),
     Point("dispatcher", "bus.log:Log.append", "after", _event("admitted")),
     Point("dispatcher", "bus.lease:Lease.acquire", "after", early=True),
-    Point("dispatcher", "bus.log:Log.append_run", "before"),
-    Point("dispatcher", "bus.log:Log.append_run", "after"),
+    Point("dispatcher", "bus.log:Log.append_run", "before", times=1),
+    Point("dispatcher", "bus.log:Log.append_run", "after", times=1),
     Point("recorder", "actors.archive_files:RangeFiles.add", "after"),
     Point("recorder", "actors.archive_files:RangeFiles.finish", "before"),
     Point("recorder", "actors.archive_files:RangeFiles.finish", "after"),
@@ -89,7 +89,7 @@ POINTS = (
     Point("learner", "bus.store:put", "before"),
     Point("learner", "learner.checkpoints:_sync_folder", "before"),
     Point("learner", "learner.policy:Policy.save_checkpoint", "after"),
-    Point("learner", "learner.policy:Policy.export", "before"),
+    Point("learner", "learner.policy:Policy.export", "before", early=True),
     Point("learner", "actors.learner:Planner._complete", "after"),
 )
 
@@ -143,7 +143,7 @@ def _arm(point: Point, begun_s: float) -> None:
 def _claim(point: Point) -> bool:
     """Whether it is this process that dies here: the marker is made by one alone."""
     folder = Path(os.environ[MARKERS_VARIABLE])
-    for number in range(TIMES):
+    for number in range(point.times):
         try:
             (folder / f"{point.name}.{number}").touch(exist_ok=False)
         except FileExistsError:

@@ -64,10 +64,10 @@ def test_every_point_was_reached(
 ) -> None:
     """A point that no longer fires tests nothing."""
     monkeypatch.syspath_prepend(HERE)
-    from faults import POINTS, TIMES
+    from faults import POINTS
 
     fired = {path.name for path in Path(environment["CHAOS_MARKERS"]).iterdir()}
-    assert fired == {f"{point.name}.{number}" for point in POINTS for number in range(TIMES)}
+    assert fired == {f"{point.name}.{number}" for point in POINTS for number in range(point.times)}
 
 
 def test_every_trajectory_has_one_fate(output: str, environment: dict[str, str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from actors.recipe import load_recipe
-from actors.training import NAME
+from actors.learner import NAME
 from actors.verify import audit, report_text
 from bench.running import RUN, start_run
 from bench.storm import ROLES, Storm

@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from actors.generator import Generator, Policies
+from actors.images import Images
 from actors.toolbox import Toolbox
 from engines.chat import Chat
 from engines.scripted import ScriptedEngine
@@ -146,6 +147,10 @@ async def test_a_call_over_two_pieces_is_one(ask: Any, model_folder: Path, cut: 
     assert given == ""
 
 
+async def no_image(image: StoredImage) -> Image:
+    raise AssertionError(image)
+
+
 async def no_images(images: Sequence[Image]) -> list[StoredImage]:
     assert not images
     return []
@@ -157,12 +162,12 @@ async def test_a_tool_has_limits_of_its_own(tmp_path: Path) -> None:
     recipe = recipe_of(options=options, timeout_s=9, observation_chars=10, keep="head")
     for given, slow, text in (
         (options, True, "[16 characters cut]\n0.5 s."),
-        (options, False, "[4 characters cut]\n56789\n"),
+        (options, False, "[5 characters cut]\n56789\n"),
         ({}, False, "0123456789\n[1 characters cut]"),
     ):
         sandbox = UnsafeSandbox()
         tools = load_tools(["python"], options=given)
-        box = Toolbox(recipe, tools, sandbox, no_images, "toolbox-1")
+        box = Toolbox(recipe, tools, sandbox, Images(no_images, no_image), "toolbox-1")
         code = "import time; time.sleep(60)" if slow else "print('0123456789')"
         call = Call(tool="python", arguments={"code": code})
         turn = Turn(trajectory="g0-0-0", tokens=Tokens(), text="", calls=[call])

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from actors.actor import HopFailed
 from actors.generator import Generator, Policies, turn_seed
+from actors.images import Images
 from actors.scorer import Scorer
 from actors.toolbox import Toolbox
 from engines.chat import Chat
@@ -93,6 +94,10 @@ async def scripted(folder: Path, *replies: str, version: int = 0, recipe: Recipe
     engine = says(folder, *replies)
     await engine.load(b"", version)
     return Stage(folder, engine, recipe)
+
+
+async def no_image(image: StoredImage) -> Image:
+    raise AssertionError(image)
 
 
 async def no_images(images: Sequence[Image]) -> list[StoredImage]:
@@ -355,7 +360,9 @@ def test_each_turn_has_its_own_seed() -> None:
 
 @pytest.fixture
 async def toolbox() -> AsyncIterator[Toolbox]:
-    box = Toolbox(RECIPE, load_tools(["python"]), UnsafeSandbox(), no_images, "toolbox-1")
+    box = Toolbox(
+        RECIPE, load_tools(["python"]), UnsafeSandbox(), Images(no_images, no_image), "toolbox-1"
+    )
     yield box
     await box.close()
 
@@ -416,7 +423,13 @@ async def test_a_broken_sandbox_is_not_the_policy_s_fault() -> None:
     async def python(_context: Context, code: str) -> str:
         raise SandboxError("zygote_died", f"while running {code}")
 
-    box = Toolbox(RECIPE, {"python": FunctionTool(python)}, UnsafeSandbox(), no_images, "toolbox-1")
+    box = Toolbox(
+        RECIPE,
+        {"python": FunctionTool(python)},
+        UnsafeSandbox(),
+        Images(no_images, no_image),
+        "toolbox-1",
+    )
     with pytest.raises(HopFailed, match=r"sandbox\.zygote_died: while running 1"):
         await box.handle(state_of(calling("1")))
 

@@ -71,7 +71,13 @@ def test_the_recipes_of_this_project_are_readable() -> None:
         ("[evaluation]\npath = 'a.jsonl'\nrows = 'm:f'\n", "evaluation.path: give it or eval"),
         ("[cold_start]\nsteps = 5\n", "cold_start.demonstrations: cold_start.steps needs it"),
         ("[generator]\nengine = 'scripted'\n", "generator.script: the scripted engine needs it"),
-        ("[learner.correction]\nratio_min = 1.5\n", "learner.correction.ratio_min: must be below 1"),
+        (
+            "[learner.correction]\nratio_min = 1.5\n",
+            "learner.correction.ratio_min: must be below 1",
+        ),
+        ("[learner.los]\nx = 1\n", "learner.los: no such key; did you mean 'loss'?"),
+        ("[learner.loss]\nclip = 1\n", "learner.loss.clip: no such key; did you mean 'clip_"),
+        ("[learner.loss]\nclip_high = inf\n", "learner.loss.clip_high: must be finite, not inf"),
     ],
 )
 def test_a_mistake_names_the_file_the_key_and_the_fix(path: Path, text: str, says: str) -> None:

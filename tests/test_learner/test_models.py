@@ -129,7 +129,7 @@ def _drawn(policy: Policy, teacher: Policy, groups, seed: int):
     drawn, gaps = [], []
     for group in groups:
         prompt = group[0].ids_T[: group[0].prompt_length]
-        ids_BT = torch.from_numpy(np.tile(prompt, (16, 1))).long()
+        ids_BT = torch.from_numpy(np.tile(prompt, (8, 1))).long()
         logprobs = torch.zeros(ids_BT.shape)
         with torch.no_grad():
             for _ in range(8):

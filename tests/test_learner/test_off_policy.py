@@ -1,11 +1,12 @@
-"""A stale engine that also computes otherwise than the learner, on purpose: the uncorrected loss diverges, ours does not.
+"""A stale engine that also computes otherwise than the learner: the uncorrected loss diverges, ours does not.
 
-The engine samples with weights that are LAG versions old and off by some percent each, and reports its own
-log-probabilities. The task: of 8 tokens after a prompt, as many as possible of the prompt's kind.
+The engine samples with weights that are old, and each off by some percent, and reports its own log-probabilities. The
+task: of 8 tokens after a prompt, as many as possible of the prompt's kind.
 """
 
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,47 +21,50 @@ from learner.policy import Policy
 from learner.samples import Sample
 from schemas import recipe
 
+LAG, NOISE = 32, 0.05
+"""Versions, and the relative error of each weight."""
+APART = 5.0
+"""Nats between engine and learner."""
 VOCABULARY, KINDS, LENGTH = 32, 4, 8
 GROUPS, SIZE = 4, 8
 
 
 class Outcome(NamedTuple):
     rewards: list[float]
-    """The learner's own, sampled afresh each step; without the engine."""
+    """The learner's own after each of the last 20 steps, without the engine."""
     kls: list[float]
-    losses: list[float]
 
 
-def drive(
-    folder: Path, learner: dict, steps: int, lag: int, noise: float, rate: float = 1e-2
-) -> Outcome:
-    """Train for some steps on what such an engine samples."""
+def drive(folder: Path, learner: dict, steps: int = 200, apart: float = math.inf) -> Outcome:
+    """Train on what such an engine samples, until the two are `apart`."""
     tables = {
         "policy": {"model": "m", "max_tokens": 64},
-        "learner": {"learning_rate": rate, **learner},
+        "learner": {"learning_rate": 1e-2, **learner},
     }
     policy = Policy.open(folder, msgspec.convert(tables, recipe.Recipe), "cpu")
     generator = torch.Generator().manual_seed(1)
     engine = copy.deepcopy(policy.model)
     weights = [copy.deepcopy(policy.model.state_dict())]
-    outcome = Outcome([], [], [])
+    outcome = Outcome([], [])
     for step in range(1, steps + 1):
-        age = min(lag, step - 1)
+        age = min(LAG, step - 1)
         engine.load_state_dict(weights[-1 - age])
         with torch.no_grad():
             for parameter in engine.parameters():
-                parameter.mul_(1 + noise * torch.randn(parameter.shape, generator=generator))
+                parameter.mul_(1 + NOISE * torch.randn(parameter.shape, generator=generator))
         groups = sample(engine, step - 1 - age, generator)
         try:
             row = policy.train_step(groups, step)
         except NotFinite:
             outcome.kls.append(math.inf)
             break
-        weights = [*weights[-lag - 1 :], copy.deepcopy(policy.model.state_dict())]
-        own = [s.reward for group in sample(policy.model, step, generator) for s in group]
-        outcome.rewards.append(float(np.mean(own)))
+        weights = [*weights[-LAG - 1 :], copy.deepcopy(policy.model.state_dict())]
+        if step > steps - 20:
+            own = [s.reward for group in sample(policy.model, step, generator) for s in group]
+            outcome.rewards.append(float(np.mean(own)))
         outcome.kls.append(row["kl_behaviour"])
-        outcome.losses.append(row["loss"])
+        if outcome.kls[-1] > apart:
+            break
     return outcome
 
 
@@ -89,6 +93,15 @@ def sample(model, version: int, generator: torch.Generator) -> list[list[Sample]
         for b in range(len(prompts_B))
     ]
     return [samples[first : first + SIZE] for first in range(0, len(samples), SIZE)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A model this small only waits for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -122,24 +135,25 @@ CORRECTED = {
 }
 
 
+@pytest.mark.timeout(300)
 def test_uncorrected_diverges_and_the_default_does_not(small: Path) -> None:
-    """32 versions of lag, 5 % of noise in each weight, 250 steps.
+    """32 versions of lag, 5 % of noise in each weight, 200 steps.
 
-    Uncorrected, tokens that the learner hardly samples any more are pushed down for ever: engine and learner part
-    (KL above 5 nats), and it ends at the reward of a constant answer. The default learns on.
+    Uncorrected, tokens that the learner hardly samples any more are pushed down for ever: engine and learner part. With
+    the default they stay within a nat or so, and the reward rises from 1/4 (chance) to more than twice that.
     """
     uncorrected = {"loss": {"method": "reinforce"}, "correction": NONE}
-    lost = drive(small, uncorrected, steps=250, lag=32, noise=0.05)
-    assert max(lost.kls) > 5
-    assert np.mean(lost.rewards[-20:]) < 0.35
-    kept = drive(small, CORRECTED["default"], steps=250, lag=32, noise=0.05)
+    lost = drive(small, uncorrected, apart=APART)
+    assert lost.kls[-1] > APART
+    kept = drive(small, CORRECTED["default"], apart=APART)
+    assert len(kept.kls) == 200
     assert max(kept.kls) < 2
-    assert np.mean(kept.rewards[-20:]) > 0.7
+    assert np.mean(kept.rewards) > 0.55
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CORRECTED)
 def test_every_correction_learns(small: Path, name: str) -> None:
-    """Under the same engine none of them collapses."""
-    outcome = drive(small, CORRECTED[name], steps=250, lag=32, noise=0.05)
-    assert np.mean(outcome.rewards[-20:]) > 0.6
+    """Under the same engine none of them collapses, with or without a gate."""
+    outcome = drive(small, CORRECTED[name])
+    assert np.mean(outcome.rewards) > 0.45

@@ -5,6 +5,7 @@ import io
 import struct
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -57,6 +58,10 @@ async def no_sandbox(code: str, **_: Any) -> Outcome:
     raise AssertionError("image runs no code")
 
 
+async def load(image: Image) -> Image:
+    return image
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def look(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Look]:
     """`await look(task's images, arguments)`."""
@@ -66,8 +71,9 @@ async def look(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Look]:
     (tool,) = load_tools(["image"], options={"image": options}).values()
 
     async def call(images: Any, shown: list[Image] | None = None, **arguments: Any) -> Observation:
+        loads = [partial(load, image) for image in shown or []]
         context = Context(
-            run=no_sandbox, limits=Limits(wall_s=20), task={"images": images}, images=shown or []
+            run=no_sandbox, limits=Limits(wall_s=20), task={"images": images}, images=loads
         )
         return await tool(context, arguments)
 

@@ -49,7 +49,7 @@ def fail(why: str) -> str:
 
 @server.tool()
 def picture() -> list:
-    return ["before", Image(data=b"PNG!", format="png"), "after"]
+    return ["before <image>", Image(data=b"PNG!", format="png"), "after"]
 
 @server.tool()
 def wait(seconds: float) -> str:
@@ -154,7 +154,7 @@ async def check_everything(servers: dict[str, Any]) -> None:
         assert "b" in seen.text
         seen = await call("s__picture")
         assert seen == Observation(
-            text="before\n<image>\nafter",
+            text="before [image]\n<image>\nafter",
             images=[Image(data=b"PNG!", media_type="image/png")],
         )
         assert '"x"' in (await call("s__strange_name__")).text
@@ -174,6 +174,7 @@ async def test_over_http(http: Any) -> None:
     await check_everything({"s": http[0]})
 
 
+@pytest.mark.slow
 async def test_policies_call_each_function_by_its_name(program: str) -> None:
     """Formats show and read them as functions of their own, and name the tool's queue."""
     async with bridge({"s": {"command": [sys.executable, program], "functions": ["add"]}}) as (
@@ -206,6 +207,7 @@ async def test_a_server_that_dies_is_started_again(program: str) -> None:
         assert (await call("s__tick")).text.split()[1] == "1"
 
 
+@pytest.mark.slow
 async def test_an_http_server_may_restart(http: Any, program: str) -> None:
     """At most one call is lost."""
     options, processes = http
@@ -224,6 +226,7 @@ async def test_an_http_server_may_restart(http: Any, program: str) -> None:
         assert seen.ok
 
 
+@pytest.mark.slow
 async def test_a_slow_call_ends(program: str) -> None:
     """At the call's own time; the server goes on serving."""
     async with bridge({"s": {"command": [sys.executable, program]}}, wall_s=5) as (_, call):
@@ -232,6 +235,7 @@ async def test_a_slow_call_ends(program: str) -> None:
         )
 
 
+@pytest.mark.slow
 async def test_a_server_sees_what_it_is_given(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +254,7 @@ async def test_a_server_sees_what_it_is_given(
     assert seen.endswith(f"a value {tmp_path}/inside")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("server", "says"),
     [

@@ -13,7 +13,7 @@ from schemas.events import Call
 from tools.errors import ToolError, UnknownTool
 from tools.function import FunctionTool, tool
 from tools.observation import decode_output, shorten, shorten_observation
-from tools.registry import load_tools, open_tools
+from tools.registry import load_tools, open_tools, tool_names
 from tools.sandbox import root
 from tools.sandbox.ns import NamespaceSandbox
 from tools.sandbox.sandbox import Limits
@@ -267,6 +267,21 @@ def test_an_object_is_a_tool_too(tmp_path: Path) -> None:
     assert (tool.name, tool.session, tool.effects) == ("stateful", True, "none")
     with pytest.raises(ToolError, match="use one name"):
         load_tools(["object_tool:other"], str(tmp_path))
+
+
+def test_an_installed_package_brings_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its entry points; they are named, listed and loaded as the built-in ones are."""
+    Path(tmp_path, "plugged_in.py").write_text(
+        "async def bark(context, loudly: bool = False) -> str:\n    return 'woof'\n"
+    )
+    info = tmp_path / "plugged_in-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugged-in\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[agentic_actors.tools]\nbark = plugged_in:bark\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "bark" in tool_names()
+    (bark,) = load_tools(["bark"]).values()
+    assert bark.functions[0].argument == "loudly"
 
 
 @pytest.mark.parametrize(

@@ -356,9 +356,7 @@ def count_fds(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-async def test_a_closed_sandbox_runs_nothing(
-    marker: str, processes_with: FindProcesses
-) -> None:
+async def test_a_closed_sandbox_runs_nothing(marker: str, processes_with: FindProcesses) -> None:
     """Running calls fail at once, and none starts the server again."""
     sandbox = NamespaceSandbox()
     call = await started(sandbox, marker, processes_with)

@@ -64,6 +64,9 @@ def shop(tmp_path: Path) -> Path:
         )
         rows = [(f"Book {n}", n * 1.5, bytes([n])) for n in range(5)]
         link.executemany("INSERT INTO book (title, price, cover) VALUES (?, ?, ?)", rows)
+        link.execute("CREATE VIRTUAL TABLE text USING fts5(body)")
+        link.execute("INSERT INTO text VALUES ('otters swim'), ('herons stand')")
+        link.execute("CREATE VIEW cheap AS SELECT id FROM book WHERE price < 2")
     link.close()
     return path
 
@@ -82,6 +85,10 @@ def shop(tmp_path: Path) -> Path:
         ("SELECT CAST(x'ff' AS TEXT) AS a", "a\n-\n\ufffd\n(1 row)"),
         ("SELECT sum(price) OVER (ORDER BY id) AS s FROM book LIMIT 1", "s\n-\n0.0\n(1 row)"),
         ("PRAGMA table_info(book)", "cid | name"),
+        ("SELECT name FROM pragma_table_info('book') LIMIT 1", "name\n----\nid"),
+        ("SELECT body FROM text WHERE text MATCH 'otters'", "otters swim"),
+        ("SELECT value FROM json_each('[7]')", "7\n(1 row)"),
+        ("SELECT max(id) AS m FROM cheap", "m\n-\n2"),
         ("EXPLAIN QUERY PLAN SELECT * FROM book", "SCAN book"),
     ],
 )
@@ -105,6 +112,7 @@ async def test_a_query_shows_a_table_with_headers(
         "ATTACH '/tmp/other.sqlite' AS other",
         "ATTACH ':memory:' AS other",
         "VACUUM INTO 'copy.sqlite'",
+        "UPDATE sqlite_master SET type = 'x'",
         "PRAGMA query_only = OFF",
         "PRAGMA writable_schema = ON",
         "PRAGMA database_list",

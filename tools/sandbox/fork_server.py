@@ -3,63 +3,26 @@
 import asyncio
 import contextlib
 import json
-import os
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
 
 import msgspec
 
-import tools
 from tools.errors import SandboxError
+from tools.sandbox.jobs import ENVIRONMENT, IMPORT_ROOT, PACKET_BYTES, DeadBefore, JobEnd, JobServer
 from tools.sandbox.sandbox import Limits
 
-PACKET_BYTES = 1 << 16
-GRACE_S = 30.0
-"""The server ends a job at its limit; it is stuck if it has not answered so long after."""
 _START_S = 60.0
 _STOP_S = 5.0
 _QUEUE_BYTES = 32 << 10
 """Few packets in flight: the kernel limits the descriptors in them, and a full queue makes callers wait."""
 
-_IMPORT_ROOT = Path(tools.__file__).parent.parent
-_ENVIRONMENT = {
-    "PATH": f"{sys.prefix}/bin:/usr/local/bin:/usr/bin:/bin",
-    "HOME": "/tmp",
-    "LANG": "C.UTF-8",
-    "PYTHONUTF8": "1",
-    "PYTHONHASHSEED": "0",  # the same call prints the same, in whatever replica
-    "PYTHONDONTWRITEBYTECODE": "1",
-    "PYTHONWARNINGS": "ignore:FigureCanvasAgg is non-interactive:UserWarning",  # plt.show()
-    "MPLBACKEND": "Agg",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-}
 
-
-class JobEnd(msgspec.Struct):
-    """What the server says of a job, or of its own start; see zygote.py."""
-
-    reason: Literal["exit", "wall", "memory", "processes", "disk", "killed"] = "exit"
-    exit_code: int = 0
-    wall_ms: float = 0.0
-    error: str = ""
-    memory_bytes: int | None = None
-    """Only in the answer to the question; the job goes on."""
-
-
-class DeadBefore(SandboxError):
-    """The server was dead before a job reached it."""
-
-    def __init__(self) -> None:
-        super().__init__("zygote_died", "the fork server died before the call")
-
-
-class ForkServer:
+class ForkServer(JobServer):
     """One process of zygote.py."""
+
+    died = "zygote_died"
 
     def __init__(self, process: asyncio.subprocess.Process, control: socket.socket) -> None:
         self._process = process
@@ -99,8 +62,8 @@ class ForkServer:
                 json.dumps(settings),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
-                cwd=_IMPORT_ROOT,
-                env=_ENVIRONMENT,
+                cwd=IMPORT_ROOT,
+                env=ENVIRONMENT,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # a Ctrl-C is for the client, who drains first
             )
@@ -121,11 +84,11 @@ class ForkServer:
 
     @property
     def dead(self) -> bool:
-        """It ended, or was given up; start another."""
+        """See JobServer."""
         return self._gone or self._process.returncode is not None
 
     async def begin(self, kind: str, limits: Limits, fds: Sequence[int]) -> socket.socket:
-        """Start a job and return its leash; the descriptors stay the caller's. Raises DeadBefore, OSError."""
+        """See JobServer."""
         leash, far_leash = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.ExitStack() as on_error, far_leash:
             on_error.enter_context(leash)
@@ -134,28 +97,6 @@ class ForkServer:
             await self._send(packet, [far_leash.fileno(), *fds])
             on_error.pop_all()
         return leash
-
-    async def end_of(self, leash: socket.socket, limit_s: float) -> JobEnd:
-        """Wait until the job has ended. Raises SandboxError when the server dies, or says nothing in time."""
-        try:
-            async with asyncio.timeout(limit_s + GRACE_S):
-                packet = await asyncio.get_running_loop().sock_recv(leash, PACKET_BYTES)
-        except TimeoutError:
-            self.give_up()
-            raise SandboxError("no_answer", f"nothing {GRACE_S:g} s after the limit") from None
-        except ConnectionResetError:
-            packet = b""
-        return self.decode_end(packet)
-
-    def decode_end(self, packet: bytes) -> JobEnd:
-        """What a packet on a leash says. Raises SandboxError when it says that the sandbox failed."""
-        if not packet:
-            self.give_up()
-            raise SandboxError("zygote_died", "the fork server died during the call")
-        end = msgspec.json.decode(packet, type=JobEnd)
-        if end.error:
-            raise SandboxError("setup_failed", end.error)
-        return end
 
     async def stop(self) -> None:
         """End it and everything in it."""
@@ -169,7 +110,7 @@ class ForkServer:
             await self._process.wait()
 
     def give_up(self) -> None:
-        """It is dead or stuck."""
+        """See JobServer."""
         self._gone = True
         if self._process.returncode is None:
             self._process.kill()

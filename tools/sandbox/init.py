@@ -56,7 +56,7 @@ _ELF_MACHINE = {"x86_64": 62, "aarch64": 183}
 
 
 def program(machine: str) -> bytes:
-    """An ELF executable for `x86_64` or `aarch64`; the Linux numbers in it are part of the kernel's stable interface."""
+    """An ELF executable for `x86_64` or `aarch64`; its system calls are Linux's stable interface."""
     code = _CODE[machine] + _IGNORE_SIGCHLD
     size = _HEADERS_BYTES + len(code)
     header = struct.pack(

@@ -1,8 +1,9 @@
-"""Empty network namespaces, used again and again: making one costs more than all else of a world. Standard library only.
+"""Empty network namespaces, used again and again: making one costs more than the rest of a world.
 
-Nobody inside can configure one, so all that could be left of an earlier call is a unix socket with an abstract name.
-Such a socket dies with the processes that hold it, but one that is on its way to itself in a message is collected a
-little later; so a namespace is looked at before it is used again, and thrown away if there is anything in it.
+Standard library only. Nobody inside can configure one, so all that could be left of an earlier call is a unix socket
+with an abstract name. Such a socket dies with the processes that hold it, but one that is on its way to itself in a
+message is collected a little later; so a namespace is looked at before it is used again, and thrown away if there is
+anything in it.
 """
 
 import os

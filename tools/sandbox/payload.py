@@ -45,7 +45,7 @@ def stand_by(stage: socket.socket, world: World, disk_bytes: int, net_fd: int) -
             job = None
         stage.close()
         if job:
-            exit_code = _do(job, fds)
+            exit_code = do(job, fds)
     finally:
         os._exit(exit_code)
 
@@ -60,16 +60,22 @@ def _become_a_program(job: dict[str, Any], world: World, output_fd: int) -> None
         world.limit(limits, (limits["cpu_s"], limits["cpu_s"] + 1))
     else:
         world.limit(limits, (limits["session_cpu_s"],) * 2)
+    seed_random()
+
+
+def seed_random() -> None:
+    """A fork must not repeat another's numbers."""
     for name in ("random", "numpy.random"):
         if module := sys.modules.get(name):
-            module.seed()  # a fork must not repeat another's numbers
+            module.seed()
 
 
-def _do(job: dict[str, Any], fds: list[int]) -> int:
+def do(job: dict[str, Any], fds: list[int], rc_path: str = shell.RC_PATH) -> int:
+    """Do the job with its descriptors but the output, which is there already, and return the exit code."""
     if job["kind"] == "python":
         serve_cells(*fds)
     elif job["kind"] == "bash":
-        shell.become(*fds)
+        shell.become(lines_fd=fds[0], replies_fd=fds[1], rc_path=rc_path)
     else:
         return _run_once(job["limits"]["image_bytes"], *fds)
     return 0

@@ -22,7 +22,7 @@ _SYSTEM = [
     "/usr/local/bin", "/usr/local/lib", "/usr/local/lib64", "/etc/ld.so.cache", "/etc/alternatives",
 ]  # fmt: skip
 _TOP_LEVEL = ["/bin", "/sbin", "/lib", "/lib32", "/lib64"]
-_DEVICES = ["null", "zero", "full", "random", "urandom"]
+DEVICES = ["null", "zero", "full", "random", "urandom"]
 _DEVICE_LINKS = {
     "fd": "/proc/self/fd",
     "stdin": "/proc/self/fd/0",
@@ -102,7 +102,7 @@ def _wait_outside(pid: int) -> None:
 def _build() -> None:
     linux.mount("", "/", flags=linux.MS_REC | linux.MS_PRIVATE)
     sources = {path: os.open(path, os.O_PATH) for path in visible_paths()}
-    devices = {name: os.open(f"/dev/{name}", os.O_PATH) for name in _DEVICES}
+    devices = {name: os.open(f"/dev/{name}", os.O_PATH) for name in DEVICES}
     proc = os.open("/proc", os.O_PATH)
     linux.mount("tmpfs", _ROOT, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "size=1m,mode=755")
     for directory in ("tmp", "dev/shm", "proc", "etc"):

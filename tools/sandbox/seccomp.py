@@ -62,6 +62,42 @@ _DENIED = {
     "semget": (64, 190),
     "mq_open": (240, 180),
 }
+_DENIED_WITHOUT_NAMESPACES = {
+    # other processes of the same user are in reach
+    "sched_setaffinity": (203, 122),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "sched_setattr": (314, 274),
+    "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    "process_mrelease": (448, 448),
+    # Landlock lets connect(2) through to any socket in the file system
+    "connect": (42, 203),
+    "bind": (49, 200),
+    # and it knows only contents of files, not what is said about them
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "setxattrat": (463, 463),
+    "removexattrat": (466, 466),
+    "file_setattr": (469, 469),
+    "fchown": (93, 55),
+    "fchownat": (260, 54),
+}
+_IGNORED_WITHOUT_NAMESPACES = {
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "utimensat": (280, 88),
+}
+_ONLY_X86_DENIED = {"chown": 92, "lchown": 94}
+_ONLY_X86_IGNORED = {"chmod": 90, "utime": 132, "utimes": 235, "futimesat": 261}
+_PRLIMIT = (302, 261)
 _CLONE = (56, 220)
 _CLONE3 = (435, 435)
 _SOCKET = (41, 198)
@@ -85,16 +121,29 @@ ALLOW = 0x7FFF0000
 KILL = 0x80000000
 EPERM = 0x00050000 | 1
 ENOSYS = 0x00050000 | 38
+NOTHING = 0x00050000
 
 
-def denied(machine: str) -> dict[str, int]:
+def denied(machine: str, *, namespaces: bool = True) -> dict[str, int]:
     """Name and number of each call that is denied whatever its arguments."""
     column = _MACHINES.index(machine)
-    return {name: numbers[column] for name, numbers in _DENIED.items()}
+    tables = [_DENIED] if namespaces else [_DENIED, _DENIED_WITHOUT_NAMESPACES]
+    found = {name: numbers[column] for table in tables for name, numbers in table.items()}
+    return found | (_ONLY_X86_DENIED if not namespaces and machine == "x86_64" else {})
 
 
-def program(machine: str) -> bytes:
-    """The filter for `x86_64` or `aarch64`, 8 bytes an instruction."""
+def ignored(machine: str) -> dict[str, int]:
+    """Name and number of each call that does nothing, where there are no namespaces, and says that it did."""
+    column = _MACHINES.index(machine)
+    found = {name: numbers[column] for name, numbers in _IGNORED_WITHOUT_NAMESPACES.items()}
+    return found | (_ONLY_X86_IGNORED if machine == "x86_64" else {})
+
+
+def program(machine: str, *, namespaces: bool = True) -> bytes:
+    """The filter for `x86_64` or `aarch64`, 8 bytes an instruction.
+
+    Without namespaces around the code it also denies what would reach files and processes of the same user.
+    """
     column = _MACHINES.index(machine)
     code: list[bytes] = []
 
@@ -117,9 +166,14 @@ def program(machine: str) -> bytes:
         add(_RETURN, 0, 0, EPERM)
     add(_EQUAL, 0, 1, _CLONE3[column])
     add(_RETURN, 0, 0, ENOSYS)  # its flags are behind a pointer; libc falls back to clone
-    for number in denied(machine).values():
+    for number in denied(machine, namespaces=namespaces).values():
         add(_EQUAL, 0, 1, number)
         add(_RETURN, 0, 0, EPERM)
+    if not namespaces:
+        for number in ignored(machine).values():
+            add(_EQUAL, 0, 1, number)
+            add(_RETURN, 0, 0, NOTHING)
+        refuse_unless_argument(_PRLIMIT[column], _EQUAL, 0, refuse_if=False)  # only its own
     refuse_unless_argument(_CLONE[column], _ANY_BIT, _CLONE_NEW_ANY, refuse_if=True)
     refuse_unless_argument(_SOCKET[column], _EQUAL, _AF_UNIX, refuse_if=False)
     add(_EQUAL, 0, 5, _PRCTL[column])

@@ -1,5 +1,6 @@
 """Chooses a sandbox tier, and attacks it before anything hostile does; refuses rather than weakens."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,14 +16,36 @@ from typing import Literal
 import msgspec
 
 from tools.errors import NoSandbox, SandboxError
+from tools.sandbox import linux
+from tools.sandbox.docker import DockerSandbox
+from tools.sandbox.keeper import LEAST_LANDLOCK_ABI
+from tools.sandbox.landlock import LandlockSandbox
 from tools.sandbox.ns import NamespaceSandbox
 from tools.sandbox.sandbox import Limits, Sandbox
 from tools.sandbox.unsafe import UnsafeSandbox
 
-Tier = Literal["auto", "ns", "unsafe"]
+Tier = Literal["auto", "ns", "landlock", "docker", "unsafe"]
+AUTOMATIC: tuple[Tier, ...] = ("ns", "landlock", "docker")
+"""Strongest and fastest first."""
 
 _SECRET_VARIABLE = "SANDBOX_SELF_TEST_SECRET"
 _NAMESPACES = ("ipc", "mnt", "net", "pid", "user", "uts")
+
+_NOT_OF_TIER = {
+    "landlock": {
+        *(f"shares the namespace {name}" for name in _NAMESPACES),
+        "has a large /tmp",  # it may not write there
+        "has a large /dev/shm",
+    },
+    # the container's own: an empty network, a host name, and the daemon's choice of user namespace
+    "docker": {
+        "opens an internet socket",
+        "reads /etc/hostname",
+        "shares the namespace user",
+        "sees other processes",
+    },
+}
+"""What a tier does not promise, since it holds by other means."""
 
 _ADVICE = """\
 What to do:
@@ -31,30 +54,55 @@ What to do:
 - on Ubuntu 24.04 and later: `sysctl kernel.apparmor_restrict_unprivileged_userns=0`, or an AppArmor profile that allows
   user namespaces
 - where `sysctl user.max_user_namespaces` is 0: raise it
-- not on Linux: run in a Linux container or virtual machine
+- tier `landlock`: Linux 6.12 or later, and an ordinary user
+- tier `docker`: `pip install agentic-actors[docker]`, and a docker daemon that this user may speak to
 - for code that you trust as you trust yourself: `tools.tier = "unsafe"`, which isolates nothing"""
 
 
 async def open_sandbox(tier: Tier, imports: Sequence[str] = ()) -> Sandbox:
-    """A sandbox of the tier with the modules already imported, proven by a self-test.
+    """A sandbox of the tier with the modules already imported (by `ns` only), proven by a self-test.
 
-    `auto` takes the strongest tier; there is one so far, and it never falls back to `unsafe`. Raises NoSandbox,
-    which says what failed and what to do.
+    `auto` takes the first of AUTOMATIC that passes, never `unsafe`. Raises NoSandbox, which says what failed and what
+    to do.
     """
     if tier == "unsafe":
         return UnsafeSandbox()
-    if sys.platform != "linux":
-        raise NoSandbox("not_linux", f"namespaces need Linux, this is {sys.platform}\n{_ADVICE}")
-    sandbox = NamespaceSandbox(imports)
+    refusals = []
+    for candidate in AUTOMATIC if tier == "auto" else (tier,):
+        try:
+            return await _prove(candidate, imports)
+        except SandboxError as error:
+            refusals.append(error)
+    told = "\n".join(f"{error.code}: {error.detail}" for error in refusals)
+    raise NoSandbox(refusals[0].code, f"{told}\n{_ADVICE}") from refusals[0]
+
+
+async def _prove(tier: Tier, imports: Sequence[str]) -> Sandbox:
+    """Raises SandboxError when it does not run here or does not hold."""
+    sandbox = await asyncio.to_thread(_make, tier, imports)
     try:
         breaches = await find_breaches(sandbox)
-    except SandboxError as error:
+        if breaches:
+            raise SandboxError("breached", f"{tier}: the self-test got out: {'; '.join(breaches)}")
+    except BaseException:
         await sandbox.close()
-        raise NoSandbox(error.code, f"{error.detail}\n{_ADVICE}") from error
-    if breaches:
-        await sandbox.close()
-        raise NoSandbox("breached", f"the self-test got out: {'; '.join(breaches)}\n{_ADVICE}")
+        raise
     return sandbox
+
+
+def _make(tier: Tier, imports: Sequence[str]) -> Sandbox:
+    if tier == "docker":
+        return DockerSandbox()
+    if sys.platform != "linux":
+        raise SandboxError("not_linux", f"{tier} needs Linux, this is {sys.platform}")
+    if tier == "ns":
+        return NamespaceSandbox(imports)
+    abi = linux.landlock_abi()
+    if abi < LEAST_LANDLOCK_ABI:
+        raise SandboxError("no_landlock", f"Landlock ABI {abi} here, {LEAST_LANDLOCK_ABI} needed")
+    if os.geteuid() == 0:
+        raise SandboxError("no_landlock", "root's processes cannot be counted: run as another user")
+    return LandlockSandbox()
 
 
 async def find_breaches(sandbox: Sandbox) -> list[str]:
@@ -64,7 +112,9 @@ async def find_breaches(sandbox: Sandbox) -> list[str]:
         outcome = await sandbox.run(code, limits=Limits(wall_s=20.0))
         if outcome.exit_code != 0:
             return [f"the self-test failed: {outcome.output.decode(errors='replace').strip()}"]
-        breaches = msgspec.json.decode(outcome.output, type=list[str])
+        found = msgspec.json.decode(outcome.output, type=list[str])
+        given = _NOT_OF_TIER.get(sandbox.tier, set())
+        breaches = [breach for breach in found if breach not in given]
         for pid in _find_processes(str(targets["marker"])):
             breaches.append("a daemon outlived its call")
             os.kill(pid, signal.SIGKILL)
@@ -89,6 +139,7 @@ def _targets() -> Iterator[dict[str, object]]:
         os.environ[_SECRET_VARIABLE] = secret
         try:
             yield {
+                "directory": directory,
                 "files": [str(private), str(public), __file__, "/etc/shadow", "/etc/hostname"],
                 "tcp_port": tcp.getsockname()[1],
                 "abstract": secret,
@@ -184,7 +235,7 @@ attack("has capabilities", lambda: int(status("CapEff"), 16) | int(status("CapBn
 attack("can gain privileges", lambda: status("NoNewPrivs") != "1")
 attack("is not filtered", lambda: status("Seccomp") != "2")
 attack("makes namespaces", lambda: ctypes.CDLL(None).unshare(0x10000000) == 0)
-for directory in ("/", "/usr/lib", "/etc", "/dev", sys.prefix + "/lib", sys.base_prefix + "/lib"):
+for directory in ("/", "/usr/lib", "/etc", "/dev", targets["directory"], sys.prefix + "/lib", sys.base_prefix + "/lib"):
     attack("writes to " + directory, lambda: creates_in(directory))
 attack("sets kernel parameters", lambda: opens_for_writing("/proc/sys/kernel/core_pattern"))
 attack("has a large /tmp", lambda: fits("/tmp", 1 << 30))

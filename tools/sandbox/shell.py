@@ -8,13 +8,19 @@ script's) and answers on `replies`. A shell that exits starts a new one in its p
 """
 
 import os
+import re
 import shlex
+import signal
 from typing import NoReturn
 
 RC_PATH = "/etc/session.bashrc"
 _REPLIES, _LINES = 60, 61
 MINIMUM_FILES = 64
 """Of Limits.files: the pipes have high numbers, out of the way of scripts."""
+
+_NO_TERMINAL = re.compile(
+    rb"bash: \[\d+: \d+ \(255\)\] tcsetattr: Inappropriate ioctl for device\n"
+)
 
 READY_LINE = b"__reply\n"
 
@@ -30,7 +36,7 @@ def start_up_file(rc_path: str) -> str:
 set +o history +o histexpand
 __status=0 __run=${{__run:-0}}
 __again() {{ return "$__status"; }}
-__reply() {{ printf '{{"run":%d,"exit_code":%d%s}}\n' "$__run" "$__status" "$1" >&{_REPLIES}; }}
+__reply() {{ printf '{{"run":%d,"exit_code":%d%s}}\n' "$__run" "$__status" "${{1-}}" >&{_REPLIES}; }}
 __left() {{
     __status=$?
     __reply ',"restarted":true'
@@ -54,6 +60,11 @@ def interrupted_line(run: int) -> bytes:
     return f"__status=130; __run={run}; __reply\n".encode()
 
 
+def without_noise(output: bytes) -> bytes:
+    """The output without bash's complaint, each time a signal ends a program, that there is no terminal to reset."""
+    return _NO_TERMINAL.sub(b"", output)
+
+
 def become(lines_fd: int, replies_fd: int, rc_path: str = RC_PATH) -> NoReturn:
     """Turn this process into the shell. Raises OSError."""
     os.dup2(replies_fd, _REPLIES)
@@ -61,6 +72,10 @@ def become(lines_fd: int, replies_fd: int, rc_path: str = RC_PATH) -> NoReturn:
     os.close(replies_fd)
     os.close(lines_fd)
     os.dup2(_LINES, 0)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(
+            number, signal.SIG_DFL
+        )  # Python ignores them, and programs would inherit that
     # until the start-up file says so nothing is shown: bash complains that there is no terminal
     null_fd = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_fd, 2)

@@ -7,29 +7,49 @@ from collections.abc import Iterable
 _PAGE_BYTES = resource.getpagesize()
 
 
-def processes_by_namespace() -> dict[int, list[int]]:
-    """Pids of all processes that are to be seen, by the inode of their process namespace."""
-    found: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            try:
-                namespace = os.stat(f"/proc/{name}/ns/pid").st_ino
-            except OSError:
-                continue  # it has just ended
-            found.setdefault(namespace, []).append(int(name))
+def pids() -> list[int]:
+    """Of all processes that are to be seen."""
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+
+
+def descendants(pid: int) -> list[int]:
+    """Pids of all that come from a process."""
+    children: dict[int, list[int]] = {}
+    for one in pids():
+        try:
+            with open(f"/proc/{one}/stat", "rb", buffering=0) as file:
+                parent = int(file.read(512).rpartition(b")")[2].split()[1])
+        except OSError:
+            continue  # it has just ended
+        children.setdefault(parent, []).append(one)
+    found = children.get(pid, [])
+    for one in found:  # it grows meanwhile
+        found += children.get(one, [])
     return found
 
 
-def uses_more_than(limit_bytes: int, pids: Iterable[int]) -> bool:
+def processes_by_namespace() -> dict[int, list[int]]:
+    """Pids of all processes that are to be seen, by the inode of their process namespace."""
+    found: dict[int, list[int]] = {}
+    for pid in pids():
+        try:
+            namespace = os.stat(f"/proc/{pid}/ns/pid").st_ino
+        except OSError:
+            continue  # it has just ended, or is an init
+        found.setdefault(namespace, []).append(pid)
+    return found
+
+
+def uses_more_than(limit_bytes: int, of: Iterable[int]) -> bool:
     """Compare the resident memory first: cheap, and never less than the proportional one."""
-    if sum(map(_resident_bytes, pids)) <= limit_bytes:
+    if sum(map(_resident_bytes, of)) <= limit_bytes:
         return False
-    return proportional_bytes(pids) > limit_bytes
+    return proportional_bytes(of) > limit_bytes
 
 
-def proportional_bytes(pids: Iterable[int]) -> int:
+def proportional_bytes(of: Iterable[int]) -> int:
     """Pages shared by n processes count 1/n: a fork's copy-on-write pages are not counted again."""
-    return sum(map(_proportional_bytes, pids))
+    return sum(map(_proportional_bytes, of))
 
 
 def _resident_bytes(pid: int) -> int:

@@ -275,10 +275,10 @@ class Server:
             self._next_watch = now + _WATCH_AFTER_S
             return
         for namespace, pids in watch.processes_by_namespace().items():
-            place_or_none = self._running.get(namespace)
-            if place_or_none and place_or_none.job:
-                if watch.uses_more_than(place_or_none.job.memory_bytes, pids):
-                    place_or_none.kill("memory")
+            watched = self._running.get(namespace)
+            limit = watched.job.memory_bytes if watched and watched.job else None
+            if watched and limit is not None and watch.uses_more_than(limit, pids):
+                watched.kill("memory")
         took_s = time.monotonic() - now
         self._next_watch = now + max(_WATCH_EVERY_S, took_s / _WATCH_SHARE)
 
@@ -312,6 +312,7 @@ def main() -> None:
     """Become the server, say so on `control`, and serve."""
     settings = json.loads(sys.argv[1])
     control = socket.socket(fileno=settings["control_fd"])
+    control.set_inheritable(False)
     os.umask(0o022)
     try:
         server = Server(control, _prepare(settings["imports"]))

@@ -1,4 +1,4 @@
-"""A session of the `ns` tier, as its client sees it; session_cells.py and shell.py are its other end."""
+"""A session as its client sees it; session_cells.py and shell.py are its other end."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ import msgspec
 
 from tools.errors import SandboxError
 from tools.sandbox import shell
-from tools.sandbox.fork_server import GRACE_S, PACKET_BYTES, ForkServer, JobEnd
+from tools.sandbox.jobs import GRACE_S, PACKET_BYTES, JobEnd, JobServer
 from tools.sandbox.sandbox import Limits, Outcome, Reason, SessionKind
 from tools.sandbox.streams import Answer, Answers, Output, sealed_file, write_all
 
@@ -20,11 +20,10 @@ _INTERRUPT_S = 2.0
 _OPEN_S = 60.0
 
 
-
-class NamespaceSession:
+class JobSession:
     """See Session."""
 
-    def __init__(self, server: ForkServer, kind: SessionKind, limits: Limits) -> None:
+    def __init__(self, server: JobServer, kind: SessionKind, limits: Limits) -> None:
         self.kind: SessionKind = kind
         self._server = server
         self._limits = limits
@@ -39,9 +38,7 @@ class NamespaceSession:
         self._idle_since = time.monotonic()
 
     @classmethod
-    async def open(
-        cls, server: ForkServer, kind: SessionKind, limits: Limits
-    ) -> "NamespaceSession":
+    async def open(cls, server: JobServer, kind: SessionKind, limits: Limits) -> "JobSession":
         """Start one and wait until it takes its first run. Raises DeadBefore or another SandboxError."""
         session = cls(server, kind, limits)
         try:
@@ -74,7 +71,10 @@ class NamespaceSession:
         return 0.0 if self._running else time.monotonic() - self._idle_since
 
     async def run(self, text: str, *, stdin: bytes = b"", limits: Limits | None = None) -> Outcome:
-        """See Session.run. Codes of errors: `zygote_died`, `no_answer`, `client_failed`, `session_over`."""
+        """See Session.run.
+
+        Codes of errors: `zygote_died`, `keeper_died`, `no_answer`, `client_failed`, `session_over`.
+        """
         if stdin and self.kind == "bash":
             raise ValueError("stdin is for Python; bash has here-documents")
         if self._running:
@@ -87,8 +87,9 @@ class NamespaceSession:
         try:
             return await self._run(text, stdin, limits or self._limits)
         except OSError as error:
+            await self.close()
             raise SandboxError("client_failed", str(error)) from error
-        except BaseException:
+        except BaseException:  # cancelled, or the sandbox failed: what state it is in nobody knows
             await self.close()
             raise
         finally:
@@ -136,6 +137,8 @@ class NamespaceSession:
             answer = await self._interrupt()
         full = self._output.full
         output = self._output.take()
+        if self.kind == "bash":
+            output = shell.without_noise(output)
         if full and reason == "exit":
             reason = "output"
         exit_code = answer.exit_code if answer else -9

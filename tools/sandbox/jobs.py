@@ -1,0 +1,94 @@
+"""A job is one call or session; zygote.py and keeper.py are the servers that start jobs."""
+
+import asyncio
+import socket
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import msgspec
+
+import tools
+from tools.errors import SandboxError
+from tools.sandbox.sandbox import Limits
+
+PACKET_BYTES = 1 << 16
+GRACE_S = 30.0
+"""The server ends a job at its limit; it is stuck if it has not answered so long after."""
+IMPORT_ROOT = Path(tools.__file__).parent.parent
+ENVIRONMENT = {
+    "PATH": f"{sys.prefix}/bin:/usr/local/bin:/usr/bin:/bin",
+    "HOME": "/tmp",
+    "LANG": "C.UTF-8",
+    "PYTHONUTF8": "1",
+    "PYTHONHASHSEED": "0",  # the same call prints the same, in whatever replica
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONWARNINGS": "ignore:FigureCanvasAgg is non-interactive:UserWarning",  # plt.show()
+    "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+"""Of the code: nothing of the process that runs the sandbox."""
+
+
+class JobEnd(msgspec.Struct):
+    """What the server says of a job, or of its own start; see zygote.py."""
+
+    reason: Literal["exit", "wall", "memory", "processes", "disk", "killed"] = "exit"
+    exit_code: int = 0
+    wall_ms: float = 0.0
+    error: str = ""
+    memory_bytes: int | None = None
+    """Only in the answer to the question; the job goes on."""
+
+
+class DeadBefore(SandboxError):
+    """The server was dead before a job reached it."""
+
+    def __init__(self) -> None:
+        super().__init__("zygote_died", "the fork server died before the call")
+
+
+class JobServer(ABC):
+    """Starts jobs."""
+
+    died: ClassVar[str]
+    """The code of the error when it dies during a job."""
+
+    @property
+    @abstractmethod
+    def dead(self) -> bool:
+        """It ended, or was given up: its jobs are gone."""
+
+    @abstractmethod
+    async def begin(self, kind: str, limits: Limits, fds: Sequence[int]) -> socket.socket:
+        """Start a job and return its leash; the descriptors stay the caller's. Raises DeadBefore, OSError."""
+
+    @abstractmethod
+    def give_up(self) -> None:
+        """It is dead or stuck."""
+
+    async def end_of(self, leash: socket.socket, limit_s: float) -> JobEnd:
+        """Wait until the job has ended. Raises SandboxError when the server dies, or says nothing in time."""
+        try:
+            async with asyncio.timeout(limit_s + GRACE_S):
+                packet = await asyncio.get_running_loop().sock_recv(leash, PACKET_BYTES)
+        except TimeoutError:
+            self.give_up()
+            raise SandboxError("no_answer", f"nothing {GRACE_S:g} s after the limit") from None
+        except ConnectionResetError:
+            packet = b""
+        return self.decode_end(packet)
+
+    def decode_end(self, packet: bytes) -> JobEnd:
+        """What a packet on a leash says. Raises SandboxError when it says that the sandbox failed."""
+        if not packet:
+            self.give_up()
+            raise SandboxError(self.died, "the server of the call died during it")
+        end = msgspec.json.decode(packet, type=JobEnd)
+        if end.error:
+            raise SandboxError("setup_failed", end.error)
+        return end
