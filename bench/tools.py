@@ -22,7 +22,7 @@ import uvloop
 
 from tools.function import FunctionTool
 from tools.sandbox.ns import NamespaceSandbox
-from tools.sandbox.sandbox import Limits, Session
+from tools.sandbox.sandbox import Limits, Session, SessionKind
 from tools.tool import Context
 
 CALLERS = (1, 8, 64)
@@ -103,10 +103,14 @@ async def stateless(imports: tuple[str, ...], calls: int) -> list[Measured]:
 async def in_sessions(calls: int) -> list[Measured]:
     sandbox = NamespaceSandbox()
     rows = []
+    kinds: dict[SessionKind, tuple[str, bytes]] = {
+        "python": (PROGRAM, ANSWER),
+        "bash": (SCRIPT, SCRIPT_ANSWER),
+    }
     try:
-        for kind, text, expected in (("python", PROGRAM, ANSWER), ("bash", SCRIPT, SCRIPT_ANSWER)):
+        for kind, (text, expected) in kinds.items():
             for callers in CALLERS:
-                sessions = [await sandbox.open_session(kind) for _ in range(callers)]  # type: ignore[arg-type]
+                sessions: list[Session] = [await sandbox.open_session(kind) for _ in range(callers)]
 
                 async def call(
                     number: int, own: list[Session] = sessions, text: str = text

@@ -47,7 +47,7 @@ async def context(sandbox: NamespaceSandbox) -> AsyncIterator[Context]:
         ("x = 1", "(no output)", True),
         ("import sys; sys.exit(3)", "Ended with exit code 3.", False),
         ("print('<image>')", "<image >\n", True),
-        ("import time; print('a', end=''); time.sleep(60)", "a\nTimed out after 1 s.", False),
+        ("import time; print('a'); time.sleep(60)", "a\nTimed out after 1 s.", False),
         ("import os; os.kill(os.getpid(), 11)", "Killed by SIGSEGV.", False),
     ],
 )

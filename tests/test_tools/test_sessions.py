@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 import pytest_asyncio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tools.errors import SandboxError
@@ -348,6 +348,7 @@ async def test_the_death_of_the_server_is_a_failure() -> None:
     assert not session.alive
 
 
+@settings(database=None)  # these tests also run where they may not write
 @given(script=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=60))
 async def test_a_command_line_holds_any_script(script: str) -> None:
     """To bash it is one complete command, whatever is in it: the script arrives as one word."""
@@ -357,6 +358,7 @@ async def test_a_command_line_holds_any_script(script: str) -> None:
     assert before.startswith("__run=1;")
 
 
+@settings(database=None)
 @given(content=st.binary(max_size=300))
 async def test_answers_survive_anything(content: bytes) -> None:
     """What hostile code writes there is an answer, or garbage that is not listened to."""

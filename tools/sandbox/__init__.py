@@ -1,14 +1,37 @@
-"""Where model-written code runs.
+"""Where model-written code runs: calls, and sessions that keep their state.
 
-sandbox     the seam: code in, output and how it ended out
-select      picks a tier and proves it with an attack on it, or refuses
-ns          the `ns` tier: asyncio client of the fork server
-zygote      the fork server: two forks and a private world for each call
-root        its namespaces and read-only root
-cell        runs one piece of code the way a notebook does
-seccomp     the denied system calls
-linux       calls that Python lacks
-unsafe      the `unsafe` tier: a plain subprocess, only by explicit choice
+For everybody:
+sandbox         the seam: code in, output and how it ended out; once, or again and again in a session
+select          picks a tier and proves it with an attack on it, or refuses
 
-This package, zygote, root, cell, seccomp and linux import the standard library only: they run in the fork server.
+The client's side, of all tiers:
+jobs            a job is one call or session; what starts jobs, and the limits of waiting
+calls           one call over a job's descriptors
+job_session     a session over a job's descriptors
+streams         output and answers that are never trusted
+
+The `ns` tier: a private world for each job, forked from a warm interpreter
+ns              the tier
+fork_server     starts and speaks to the server
+zygote          the server: one small spawn and one fork for each job, one world always ready
+networks        empty network namespaces, used again and again
+world, root     a job's namespaces, and the read-only root that all share
+init            process 1 of a job: the smallest program there is
+watch           what processes take, from /proc
+
+The other tiers:
+landlock        Landlock and seccomp around a plain process of an ordinary user
+unsafe          nothing around it; only by explicit choice
+keepers, keeper what starts them cold, and the process that ends all that a job leaves
+docker, relay   a container for each job, and what carries the job's descriptors into it
+
+The code's side, of all tiers:
+payload         the process that runs a job's code
+cell            runs one piece of code the way a notebook does
+session_cells   a Python session
+shell           a bash session
+seccomp         the denied system calls
+linux           calls that Python lacks
+
+What runs beside the code (zygote, keeper, relay and what they import) imports the standard library only.
 """

@@ -71,8 +71,8 @@ class DockerServer(JobServer):
         self._errors: tuple[type[Exception], ...] = (docker.errors.DockerException, OSError)
         self._jobs: set[asyncio.Task[None]] = set()
         try:
+            _knock()
             self._client = docker.from_env()
-            self._client.ping()
         except self._errors as error:
             raise SandboxError("no_docker", str(error)) from error
 
@@ -162,6 +162,14 @@ class DockerServer(JobServer):
     def _remove(self, container: Any) -> None:
         with contextlib.suppress(*self._errors):  # it is gone already
             container.remove(force=True, v=True)
+
+
+def _knock() -> None:
+    """Raises OSError where no daemon listens; the SDK would find that out too, but lose a socket each time."""
+    kind, _, path = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock").partition("://")
+    if kind == "unix":
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(path)
 
 
 class _Job:

@@ -200,18 +200,21 @@ class JobSession:
 
     async def _interrupt(self) -> Answer | None:
         """End the run and keep the session, if the code lets us; else kill it."""
-        with contextlib.suppress(OSError):
-            self._leash.send(b"interrupt")
-        try:
-            async with asyncio.timeout(_INTERRUPT_S):
-                if self.kind == "bash":
-                    with contextlib.suppress(BrokenPipeError):
-                        await write_all(self._lines_fd, shell.interrupted_line(self._runs))
-                answer, _ = await self._answer_to(self._runs)
-                if answer:
+        # bash takes a signal that comes between two programs of a loop as meant for one of them: ask again
+        attempts = 4 if self.kind == "bash" else 1
+        for _ in range(attempts):
+            with contextlib.suppress(OSError):  # it has just ended
+                self._leash.send(b"interrupt")
+            try:
+                async with asyncio.timeout(_INTERRUPT_S / attempts):
+                    if self.kind == "bash":
+                        with contextlib.suppress(BrokenPipeError):
+                            await write_all(self._lines_fd, shell.interrupted_line(self._runs))
+                    answer, _ = await self._answer_to(self._runs)
                     return answer
-        except TimeoutError:
-            await self._kill()
+            except TimeoutError:
+                continue
+        await self._kill()
         return None
 
     async def _kill(self) -> None:

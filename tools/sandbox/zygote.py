@@ -110,6 +110,8 @@ class Server:
         self._ready: _Place | None = None
         self._wanted_disk_bytes = _USUAL_DISK_BYTES
         self._next_watch = 0.0
+        self._next_look = 0.0
+        """When limits are looked at: seldom, since many may run."""
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._listen(control.fileno(), self._accept)
@@ -136,11 +138,7 @@ class Server:
             self._epoll.unregister(fd)
 
     def _sleep_s(self) -> float:
-        jobs = [place.job for place in self._running.values() if place.job]
-        if not jobs:
-            return -1
-        first = min(job.deadline for job in jobs)
-        return max(0.0, min(first, self._next_watch) - time.monotonic())
+        return max(0.0, self._next_look - time.monotonic()) if self._running else -1
 
     # -- starting ------------------------------------------------------------------------------------------
 
@@ -167,6 +165,7 @@ class Server:
         socket.send_fds(place.stage, [packet], fds)
         place.job = _Job(leash, limits["memory_bytes"], started, started + wall_s)
         self._running[place.namespace] = place
+        self._next_look = min(self._next_look, started + min(wall_s, _WATCH_AFTER_S))
         self._listen(leash.fileno(), lambda: self._hear(place))
 
     def _take_place(self, disk_bytes: int) -> _Place:
@@ -263,24 +262,28 @@ class Server:
             job.leash.close()
 
     def _enforce(self, now: float) -> None:
+        if now < self._next_look or not self._running:
+            return
         young = True
+        first_deadline = float("inf")
         for place in self._running.values():
             assert place.job
             if now >= place.job.deadline:
                 place.kill("wall")
             young = young and now - place.job.started < _WATCH_AFTER_S
-        if now < self._next_watch or not self._running:
-            return
-        if young:
-            self._next_watch = now + _WATCH_AFTER_S
-            return
+            first_deadline = min(first_deadline, place.job.deadline)
+        if not young and now >= self._next_watch:
+            self._watch_memory()
+            took_s = time.monotonic() - now
+            self._next_watch = now + max(_WATCH_EVERY_S, took_s / _WATCH_SHARE)
+        self._next_look = min(first_deadline, max(self._next_watch, now + _WATCH_AFTER_S))
+
+    def _watch_memory(self) -> None:
         for namespace, pids in watch.processes_by_namespace().items():
             watched = self._running.get(namespace)
             limit = watched.job.memory_bytes if watched and watched.job else None
             if watched and limit is not None and watch.uses_more_than(limit, pids):
                 watched.kill("memory")
-        took_s = time.monotonic() - now
-        self._next_watch = now + max(_WATCH_EVERY_S, took_s / _WATCH_SHARE)
 
 
 def _kill(pid: int) -> None:
