@@ -65,6 +65,11 @@ class RealRun:
         self._child = child
         self._output = output
 
+    @property
+    def output(self) -> str:
+        """What `actors train` has printed so far."""
+        return self._output.read_text()
+
     async def count(self, subject: str) -> Count:
         """A count of what is published on a subject from now on."""
         count = Count()
@@ -80,12 +85,12 @@ class RealRun:
             for wait in waits:
                 wait.cancel()
         if not event.is_set():
-            raise RunDied(self._output.read_text()[-2000:])
+            raise RunDied(self.output[-2000:])
 
     async def over(self) -> None:
         """Wait for the run's own end. Raises RunDied when it is not a good one."""
         if await self._child.wait() != 0:
-            raise RunDied(self._output.read_text()[-2000:])
+            raise RunDied(self.output[-2000:])
 
     async def stop(self) -> None:
         """Drain and stop it; its log can still be read."""
@@ -118,15 +123,15 @@ def _own_s(process: psutil.Process) -> float:
 
 
 @asynccontextmanager
-async def start_run(recipe: Recipe) -> AsyncIterator[RealRun]:
+async def start_run(recipe: Recipe, store: Path | None = None) -> AsyncIterator[RealRun]:
     """`actors train` on the recipe, in a folder that is deleted, for as long as the block runs.
 
-    Module names in the recipe are looked up from the current directory.
+    Module names in the recipe are looked up from the current directory. `store`: the server's folder, if not there too.
     """
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         (folder / "recipe.toml").write_text(to_toml(recipe))
-        server = EmbeddedServer(folder / "nats")
+        server = EmbeddedServer(store or folder / "nats")
         server.start()
         try:
             async with (
