@@ -358,15 +358,24 @@ class Dispatcher:
             return
         ahead = min(self._recipe.asynchrony.max_staleness + 1, learner.steps - self._steps_begun)
         slots = learner.groups_per_step * ahead
-        if self.failing_cause:
-            slots = min(slots, 1)  # one group at a time shows whether it is over
         room = 2 * self._recipe.generator.slots * max(1, view.generators) - self._fresh
         free = min(slots - len(self.groups), -(-room // learner.group_size))
+        if self.failing_cause:  # one group at a time shows whether it is over
+            free = min(free, 1 - self._unfinished_groups())
         for task in itertools.islice(self._tasks.upcoming(view.policy_version), max(0, free)):
             members = range(learner.group_size)
             yield Admit(
                 [self._member(task.template, task.group, m, 0) for m in members], task.private
             )
+
+    def _unfinished_groups(self) -> int:
+        """Training groups of which something is still to come; those that wait for the learner are not among them."""
+        moving = {
+            TrajectoryId.parse(name).group
+            for name, live in self.live.items()
+            if live.stage != "scored"
+        }
+        return len(self.groups.keys() & (moving | self._attention))
 
     def _member(self, template: Admitted, group: str, member: int, attempt: int) -> Admitted:
         return structs.replace(

@@ -243,6 +243,8 @@ class Hops:
             crash = HopFailed(_BOUNDARY[self._actor.stage], "crashed", repr(error))
             await self._failed(state, work, delivery, crash)
             return
+        # from here on it is the log that is waited for: a full disk does not make a replica hang
+        process.vitals.held[state.id, state.seq] = (self._actor.stage, math.inf)
         try:
             seq = await process.log.append(event, state.seq)
         except Conflict:

@@ -16,9 +16,11 @@ import structlog
 
 from actors.errors import RecipeError
 from actors.process import Hops, Process
-from bus import policy, private
+from bus import policy, private, subjects
+from bus.connection import Message
 from bus.errors import BusError
 from engines.engine import Engine
+from schemas.events import TERMINAL, Scored
 from schemas.messages import RoleName, WeightsPointer
 from schemas.recipe import Recipe
 
@@ -171,9 +173,22 @@ async def serve_toolbox(process: Process) -> None:
     try:
         place = Place(recipe_dir=process.recipe_dir, encoder=open_encoder)
         async with open_tools(tools.values(), place):
+            if any(tool.session for tool in tools.values()):
+                await _close_sessions(process, actor.forget)
             await Hops(process, actor).serve(list(tools), recipe.toolbox.slots)
     finally:
         await actor.close()
+
+
+async def _close_sessions(process: Process, forget: Callable[[str], Awaitable[None]]) -> None:
+    """Close what is kept for a trajectory when it ends; one that is missed is closed for lack of room, later."""
+
+    async def on_end(message: Message) -> None:
+        await forget(message.subject.split(".")[3])
+
+    for kind in (Scored, *TERMINAL):
+        subject = subjects.trajectory(process.run, "*", kind.__name__.lower())
+        await process.bus.subscribe(subject, on_end)
 
 
 def open_encoder(name: str) -> Callable[[list[str]], Any]:

@@ -52,7 +52,7 @@ async def train(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
-        endpoint = await stack.enter_async_context(_server(folder, nats_url, stop))
+        endpoint = await stack.enter_async_context(_server(folder, nats_url))
         bus = await stack.enter_async_context(connect(endpoint, f"supervisor {run}"))
         run_log = await stack.enter_async_context(open_log(bus, run))
         await provision(bus, run, recipe.tools.names, log_limit_bytes=log_limit_bytes)
@@ -65,15 +65,15 @@ async def train(
 
 
 @asynccontextmanager
-async def _server(folder: RunFolder, nats_url: str, stop: asyncio.Event) -> AsyncIterator[Endpoint]:
-    """The server given, or one of our own that is started again when it dies."""
+async def _server(folder: RunFolder, nats_url: str) -> AsyncIterator[Endpoint]:
+    """The server given, or one of our own that is kept alive."""
     if nats_url:
         folder.path.mkdir(parents=True, exist_ok=True)
         yield Endpoint(url=nats_url)
         return
     server = EmbeddedServer(folder.nats)
     server.start()
-    keeper = asyncio.create_task(_keep_server(server, stop), name="keep nats-server")
+    keeper = asyncio.create_task(server.keep(), name="keep nats-server")
     try:
         yield server.endpoint
     finally:
@@ -81,12 +81,6 @@ async def _server(folder: RunFolder, nats_url: str, stop: asyncio.Event) -> Asyn
         with suppress(asyncio.CancelledError):
             await keeper
         server.stop()
-
-
-async def _keep_server(server: EmbeddedServer, stop: asyncio.Event) -> None:
-    while not stop.is_set():
-        await server.wait()
-        server.start()
 
 
 async def _open(run_log: Log, recipe: Recipe, recipe_dir: str) -> int:
@@ -127,7 +121,9 @@ class Run:
             f"run {self._run} in {self._folder.path}/", highlight=False, soft_wrap=True
         )
         replicas = self._recipe.replicas
-        counts: dict[RoleName, int] = {  # those that need torch last: the others need not wait for it
+        counts: dict[
+            RoleName, int
+        ] = {  # those that need torch last: the others need not wait for it
             "dispatcher": 1,
             "toolbox": replicas.toolbox,
             "scorer": replicas.scorer,

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import uvloop
 from msgspec import structs
 
+from actors.learner import NAME
 from actors.recipe import load_recipe
 from actors.rules import Report
-from actors.learner import NAME
 from actors.verify import audit, report_text
 from bench.running import RUN, RealRun, start_run
 from bench.storm import Storm

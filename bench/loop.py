@@ -16,8 +16,8 @@ from typing import NamedTuple
 import uvloop
 from msgspec import structs
 
-from actors.recipe import load_recipe
 from actors.learner import NAME
+from actors.recipe import load_recipe
 from bench import single_process
 from bench.running import RUN, start_run
 from bus import subjects

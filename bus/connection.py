@@ -134,7 +134,9 @@ class Bus:
     async def subscribe(self, subject: str, callback: Callable[[Message], Awaitable[None]]) -> None:
         """Call back for each core message, until the connection ends."""
         await self.client.subscribe(subject, cb=callback)
-        with suppress(NatsError):  # the link was lost meanwhile: it is subscribed again with the next
+        with suppress(
+            NatsError
+        ):  # the link was lost meanwhile: it is subscribed again with the next
             await self.client.flush()
 
     async def close(self) -> None:

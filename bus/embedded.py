@@ -11,8 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import structlog
+
 from bus.connection import Endpoint
 from bus.errors import BusError
+
+log = structlog.get_logger()
 
 _CONFIG = """\
 listen: "127.0.0.1:{port}"
@@ -21,6 +25,8 @@ max_payload: 8MB
 jetstream {{ store_dir: "{store}", sync_interval: "5s" }}
 authorization {{ users: [ {{ user: "{user}", password: "{password}" }} ] }}
 """
+_LOOK_S = 1.0
+_FULL_BYTES, _ROOM_BYTES = 4 << 20, 32 << 20
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -89,6 +95,24 @@ class EmbeddedServer:
         """Until it ends."""
         if self._process is not None:
             await asyncio.to_thread(self._process.wait)
+
+    async def keep(self) -> None:
+        """Start it again whenever it dies, and when its disk has room again: one that was full it writes to no more."""
+        full = False
+        ended = asyncio.create_task(self.wait(), name="wait for nats-server")
+        while True:
+            await asyncio.wait({ended}, timeout=_LOOK_S)
+            free_bytes = shutil.disk_usage(self._folder).free
+            if ended.done():
+                self.start()
+                ended = asyncio.create_task(self.wait(), name="wait for nats-server")
+            elif not full and free_bytes < _FULL_BYTES:
+                full = True
+                log.warning("the log's disk is full; all waits for room", folder=str(self._folder))
+            elif full and free_bytes > _ROOM_BYTES:
+                full = False
+                log.info("the log's disk has room again", folder=str(self._folder))
+                os.kill(self.pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """End it and wait."""

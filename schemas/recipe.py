@@ -263,6 +263,9 @@ class Toolbox(_Section, frozen=True):
 
     slots: Positive = 8
     """Calls that one replica runs at once."""
+    sessions: Positive = 1000
+    """Sessions that one replica keeps between calls (2.8 MB each); beyond it the longest unused is closed, and made
+    anew by running its calls again when it is needed."""
 
 
 class Scorer(_Section, frozen=True):

@@ -166,7 +166,9 @@ def test_a_dry_run_prints_the_recipe_as_resolved(tmp_path: Path) -> None:
     """It is TOML that means the same, with the loss as its first line; nothing is started."""
     done = actors(tmp_path, "train", str(RECIPE), "--set", "learner.steps=3", "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("# loss = mean over tokens of -min(rho A, clip(rho, 0.8, 1.28) A)")
+    assert done.stdout.startswith(
+        "# loss = mean over tokens of -min(rho A, clip(rho, 0.8, 1.28) A)"
+    )
     printed = msgspec.convert(tomllib.loads(done.stdout), Recipe)
     assert printed == load_recipe(RECIPE, ["learner.steps=3"])
     again = tmp_path / "again.toml"

@@ -41,7 +41,7 @@ def observe(outcome: Outcome, limits: Limits) -> Observation:
 
 
 def _ending(outcome: Outcome, limits: Limits) -> str:
-    verb = "Killed" if outcome.session == "ended" else "Interrupted"
+    verb = "Killed" if outcome.session in ("none", "ended") else "Interrupted"
     match outcome.reason:
         case "wall":
             return f"Timed out after {limits.wall_s:g} s."

@@ -18,8 +18,7 @@ Run = Callable[..., Awaitable[Outcome]]
 """`await run(code, stdin=…, limits=…)`: Python code in a fresh sandbox; see Sandbox.run."""
 
 OpenSession = Callable[[SessionKind], Awaitable[Session]]
-"""`await session("bash")`: the sandbox session that this tool keeps for the trajectory, opened at its first call; a new one
-when the last has ended."""
+"""`await session("bash")`: the session that this tool keeps for the trajectory, or a new one when that has ended."""
 
 Keep = Literal["head", "tail", "both"]
 """Which side of an observation stays when it is too long."""

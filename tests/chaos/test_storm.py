@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.recipe import load_recipe
 from actors.learner import NAME
+from actors.recipe import load_recipe
 from actors.verify import audit, report_text
 from bench.running import RUN, start_run
 from bench.storm import ROLES, Storm
@@ -15,7 +15,12 @@ from schemas.events import Stepped
 
 STEPS = 40
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    # nats-py leaves the writers of attempts that timed out to the garbage collector
+    pytest.mark.filterwarnings("ignore:.*StreamWriter:pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 async def test_a_model_learns_in_a_storm() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rewards.reward import Run
 from schemas.task import ChatMessage, PublicPart, TaskRow
 from schemas.trajectory import Trajectory, TrajectoryId
+from tools.errors import SandboxError
 from tools.tool import Context
 
 
@@ -59,3 +60,24 @@ async def hangs_once(task: TaskRow, trajectory: Trajectory, run: Run) -> float:
         return await by_member(task, trajectory, run)
     await asyncio.Event().wait()
     raise AssertionError
+
+
+# -- a tool that always breaks its sandbox ---------------------------------------------------------
+
+
+def some_break(_seed: int) -> Iterator[TaskRow]:
+    """Every fifth task leads to the tool that breaks."""
+    for number in itertools.count():
+        content = "break" if number % 5 == 0 else "1"
+        message = ChatMessage(role="user", content=content)
+        yield TaskRow(id=f"{content}{number}", public=PublicPart(messages=[message]))
+
+
+def breaking_script(text: str, seed: int) -> str:
+    """The call that the task asks for, then an answer."""
+    return "<crash>0</crash>" if "break" in text else script(text, seed)
+
+
+async def crash(_context: Context, text: str) -> str:
+    """Never comes back."""
+    raise SandboxError("crashed", f"the sandbox is gone, at {text}")

@@ -313,6 +313,18 @@ def test_admission_backs_off_while_one_cause_fails_most() -> None:
     assert len(played.admit(version=1)) > 2
 
 
+def test_a_backed_off_admission_still_fills_a_batch() -> None:
+    """A group that waits for the learner is no reason to admit nothing: the learner waits for another."""
+    played = Played(replace(RECIPE, asynchrony=Asynchrony(max_staleness=7)))
+    names = played.admit()
+    played.append(*(Failed(trajectory=name, cause=CAUSE) for name in names[:12]))
+    played.append(*(Failed(trajectory=name, cause=CAUSE) for name in played.admit()))
+    played.finish(*names[12:])
+    assert played.dispatcher.failing_cause == "engine.gone"
+    assert len(played.dispatcher.groups) == 2, "scored, and too few for a batch"
+    assert len(played.admit()) == 2, "one group more"
+
+
 # -- deadlines -------------------------------------------------------------------------------------
 
 

@@ -48,8 +48,8 @@ async def test_a_killed_nursery_ends_its_replicas_and_is_replaced(
     process = psutil.Process(child.pid)
     parent = process.parent()
     assert parent is not None
-    while process.cmdline()[0].split() != ["actors", "scorer", "r"]:
-        await asyncio.sleep(0.001)  # until it is what it will be
+    while process.cmdline()[0].split() != ["actors", "scorer", "r"]:  # noqa: ASYNC110 (it sends none)
+        await asyncio.sleep(0.001)
     os.kill(child.pid, signal.SIGSTOP)  # so that it is still there
     os.kill(parent.pid, signal.SIGKILL)
     assert await asyncio.wait_for(child.wait(), 10) == -signal.SIGKILL

@@ -83,9 +83,11 @@ async def lose(bus: Bus, log: Log, times: int, count: int = 1) -> None:
 
 
 async def until_turns(log: Log, count: int) -> None:
+    found = 0
     async with asyncio.timeout(WAIT_S):
-        async for _ in log.follow(poll_s=0.05):
-            if len([e async for e in log.read() if isinstance(e.event, Turn)]) >= count:
+        async for stored in log.follow(poll_s=0.05):  # it goes on when the server has been away
+            found += sum(isinstance(each.event, Turn) for each in stored)
+            if found >= count:
                 return
 
 

@@ -50,9 +50,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     wall_ms: float
     images: list[bytes] = []
     """The figures that were open at the end, as PNG."""
-    session: Literal["kept", "restarted", "ended"] = "kept"
-    """Of a run in a session. `restarted`: a new shell in the same world; files, directory and environment are kept,
-    functions and other variables are not. `ended`: nothing is kept, and the session runs nothing more."""
+    session: Literal["none", "kept", "restarted", "ended"] = "none"
+    """Of a run in a session (`none`: of a call). `restarted`: a new shell in the same world; files, directory and
+    environment are kept, functions and other variables are not. `ended`: nothing is kept, and nothing more runs."""
 
 
 class Session(Protocol):
