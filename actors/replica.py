@@ -1,6 +1,7 @@
 """One replica of one role, in a process of its own that actors/nursery.py has forked.
 
-Exit status: 0 done or drained, 2 a recipe that cannot be run (not worth a restart), 75 the link was lost for good.
+Exit status: 0 done or drained, 1 it crashed or something that it needs is not there, 2 a recipe that cannot be run (not
+worth a restart), 75 the link was lost for good.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from bus.connection import Endpoint
 from bus.errors import BusError
 from schemas.messages import RoleName
 from schemas.names import find
+from tools.errors import ToolError
 
 FAULTS_VARIABLE = "ACTORS_FAULTS"
 """For tests: `module:function`, called with the role before anything else, to make the replica die where it hurts."""
@@ -71,6 +73,8 @@ def serve(role: RoleName, run: str, endpoint: Endpoint) -> NoReturn:
     except BusError as error:
         log.error("bus", error=str(error))
         status = LOST_LINK
+    except ToolError as error:  # no sandbox that holds, no database: perhaps not for ever
+        log.error("cannot serve", error=str(error))
     finally:
         if sys.exc_info()[0]:
             traceback.print_exc()
