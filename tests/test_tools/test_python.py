@@ -108,7 +108,7 @@ async def test_without_a_session_it_is_not_the_policy_s_fault(context: Context) 
         ("memory", "Killed: it used more than 512 MB of memory."),
         ("disk", "Killed: its files took more than 64 MB."),
         ("processes", "Killed: it had more than 64 processes."),
-        ("output", "Interrupted: it printed more than 1048576 bytes."),
+        ("output", "Killed: it printed more than 1048576 bytes."),
     ],
 )
 async def test_each_limit_is_named(reason: str, told: str) -> None:
