@@ -151,14 +151,14 @@ def steps_done(machine: Machine) -> int:
 
 def test_a_stage_without_a_replica_says_so_and_goes_on_when_one_appears(machine: Machine) -> None:
     """Within 5 s of the first trajectory that waits; `ps` says it too; one that joins ends it."""
-    run = machine.train("replicas.toolbox=0")
+    run = machine.train("replicas.toolbox=0", "learner.steps=100")
     said = run.said(r"^stall: no toolbox is there; g\S+ .*wait")
     assert "stall: no toolbox is there" in machine.say("ps", "--run", RUN)
     joined = machine.start("run", "toolbox", "--run", RUN)
     run.said(r"^over: no toolbox is there")
     assert run.ends() == 0, run.output
     joined.ends()
-    assert steps_done(machine) == 6
+    assert steps_done(machine) == 100
     first = next(e for e in machine.events() if e["kind"] == "turn" and e["calls"])
     assert 0 < said - first["time_s"] < 10, "5 s, and as long again for a machine that is busy"
 
