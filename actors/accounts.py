@@ -1,6 +1,6 @@
 """The accounts of a run, folded from its log: what became of every trajectory, and which rules are broken.
 
-    admitted = trained + filtered + evaluated + expired + failed + dropped + in flight        each id once
+    admitted = trained + filtered + evaluated + finished + expired + failed + dropped + in flight      each id once
 
 An id is trained or filtered because the learner's log says so (`step`, `filtered`); every other fate is its own last
 event. Of a trajectory that has its fate only the name and the fate are kept, of a living one a few numbers.
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from actors.dispatcher import ATTEMPTS
 from actors.learner import NAME
+from actors.live import ATTEMPTS
 from actors.rules import FATES, RULES, Fate, Report, Rule
 from schemas.events import (
     Admitted,
@@ -28,6 +28,7 @@ from schemas.events import (
     Expired,
     Failed,
     Filtered,
+    Finished,
     Opened,
     Result,
     Scored,
@@ -157,7 +158,7 @@ class Accounts:
         name = event.trajectory
         if isinstance(event, Admitted):
             self._admit(event)
-        elif isinstance(event, Evaluated | Expired | Failed | Dropped):
+        elif isinstance(event, Evaluated | Expired | Failed | Dropped | Finished):
             self._end(event)
         elif (life := self.live.get(name)) is None:
             self._break("after_end" if name in self.fates else "never_admitted", name)
@@ -237,11 +238,16 @@ class Accounts:
             if event.call > life.answered:
                 self._break("out_of_turn", event.trajectory)
             life.answered = event.call + 1
+            life.last = event.last
 
-    def _end(self, event: Evaluated | Expired | Failed | Dropped) -> None:
+    def _end(self, event: Evaluated | Expired | Failed | Dropped | Finished) -> None:
         life = self.live.get(event.trajectory)
         if isinstance(event, Evaluated) and life is not None:
             if life.stage != "score" or life.admitted[0] != "eval":
+                self._break("out_of_turn", event.trajectory)
+        elif isinstance(event, Finished) and life is not None:
+            # at any time: its trainer may have given up on a call
+            if life.admitted[0] != "external":
                 self._break("out_of_turn", event.trajectory)
         elif isinstance(event, Failed) and life is not None:
             self._failed_by_cause[str(event.cause)] += 1

@@ -10,8 +10,10 @@ from schemas.trajectory import Trajectory
 class HopFailed(Exception):
     """An actor could not take its hop: infrastructure, never the policy."""
 
-    def __init__(self, boundary: Boundary, code: str, detail: str) -> None:
+    def __init__(self, boundary: Boundary, code: str, detail: str, *, final: bool = False) -> None:
+        """`final`: it is not to be tried again."""
         super().__init__(f"{boundary}.{code}: {detail}")
+        self.final = final
         self.boundary = boundary
         self.code = code
         self.detail = detail
@@ -24,7 +26,10 @@ class Actor(Protocol):
     produces: ClassVar[tuple[type[Event], ...]]
 
     async def handle(self, state: Trajectory) -> AnyTrajectoryEvent:
-        """The event that follows. Raises HopFailed when infrastructure fails."""
+        """The event that follows; after `started`, when that is appended, the one that follows it.
+
+        Raises HopFailed when infrastructure fails.
+        """
         ...
 
     async def drain(self) -> None:

@@ -9,7 +9,7 @@ import time
 
 import structlog
 
-from actors.dispatcher import ATTEMPTS
+from actors.live import ATTEMPTS
 from bus import blobs, policy, store
 from bus.connection import Bus
 from bus.errors import BusError
@@ -41,16 +41,16 @@ class OldWeights:
         """Versions to evaluate; the dispatcher begins with one when it sees it, perhaps long after."""
         self._begun = -1
         """The newest version whose evaluation has begun: that of older ones has, too."""
-        self._pinned: dict[str, int] = {}
-        """An evaluation in flight → the version it is pinned to."""
+        self._pinned: dict[str, tuple[int, int]] = {}
+        """An evaluation in flight → the version it is pinned to, and the sequence of its admission."""
         self._looked_s = time.monotonic()
 
-    def observe(self, event: AnyEvent) -> None:
+    def observe(self, event: AnyEvent, seq: int) -> None:
         """Take one event of the log in."""
         if isinstance(event, Admitted):
             if event.pinned_policy_version is not None:
                 group = TrajectoryId.parse(event.trajectory).group
-                self._pinned[group] = event.pinned_policy_version
+                self._pinned[group] = (event.pinned_policy_version, seq)
                 self._begun = max(self._begun, event.pinned_policy_version)
         elif isinstance(event, TERMINAL):
             group, _, attempt = TrajectoryId.parse(event.trajectory)
@@ -60,7 +60,12 @@ class OldWeights:
     def keep(self, newest: int) -> set[int]:
         """The versions that must stay."""
         due = (version for version in self._evaluated if self._begun <= version <= newest)
-        return {0, *range(newest - self._kept + 1, newest + 1), *self._pinned.values(), *due}
+        pinned = (version for version, _ in self._pinned.values())
+        return {0, *range(newest - self._kept + 1, newest + 1), *pinned, *due}
+
+    def needed_from(self, read_seq: int) -> int:
+        """As `Planner.needed_from` says."""
+        return min([*(seq for _, seq in self._pinned.values()), read_seq + 1]) - 1
 
     async def delete(self, newest: int) -> None:
         """Delete what need not stay, and now and then what a killed learner did not finish to upload."""

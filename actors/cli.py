@@ -1,29 +1,20 @@
 """`actors`: train, join, watch and steer runs. Torch is imported by the processes that need it, never here."""
 
-import asyncio
 import re
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from actors.cli_options import go, nats_option, run_option
+from actors.cli_tools import tools
 from actors.errors import UserError
 from bus.errors import BusError
 
-ROLE_NAMES = ["dispatcher", "generator", "toolbox", "scorer", "learner", "recorder"]
-
-run_option = click.option("--run", help="The run's name; by default the one that is alive.")
-nats_option = click.option(
-    "--nats",
-    "nats_url",
-    envvar="NATS_URL",
-    default="",
-    help="A NATS server to use, as nats://user:password@host:port; by default the run's own.",
-)
-
+ROLE_NAMES = ["dispatcher", "generator", "toolbox", "scorer", "learner", "recorder", "gateway"]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -56,8 +47,14 @@ def main() -> None:
     """Train language-model agents that use tools, by reinforcement learning, as processes on NATS."""
 
 
-def _go(coroutine: Coroutine[Any, Any, int | None]) -> None:
-    sys.exit(asyncio.run(coroutine) or 0)
+def _run_name(given: str | None, recipe_name: str) -> str:
+    """The run's name, or a new one. Raises UserError for one that no subject can have."""
+    from bus.subjects import token
+
+    try:
+        return token(given or f"{recipe_name}-{time.strftime('%m%d-%H%M%S')}", "--run")
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 @main.command()
@@ -89,31 +86,83 @@ def train(
 
     from actors.recipe import load_recipe, sentence, to_toml
     from actors.train import train as train_run
-    from bus.subjects import token
 
     recipe = load_recipe(recipe_path, overrides)
-    name = run or f"{recipe.name}-{time.strftime('%m%d-%H%M%S')}"
-    try:
-        token(name, "--run")
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    name = _run_name(run, recipe.name)
     if dry_run:
         click.echo(sentence(recipe) + to_toml(recipe), nl=False)
         return
     folder = str(recipe_path.resolve().parent)
-    _go(train_run(recipe, folder, name, nats_url, Console(), log_limit))
+    go(train_run(recipe, folder, name, nats_url, Console(), log_limit))
+
+
+@main.command("serve")
+@click.argument("recipe_path", metavar="RECIPE", type=click.Path(path_type=Path))
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe."
+)
+@click.option("--run", help="The run's name; that of an earlier one goes on with it.")
+@nats_option
+def serve_tools(
+    recipe_path: Path, overrides: tuple[str, ...], run: str | None, nats_url: str
+) -> None:
+    """Serve the tools of RECIPE to other trainers, as VerlTool's tool server does."""
+    from rich.console import Console
+
+    from actors.recipe import load_recipe
+    from actors.serving import NO_POLICY, serve
+
+    recipe = load_recipe(recipe_path, (*overrides, *NO_POLICY))
+    name = _run_name(run, recipe.name)
+    go(serve(recipe, str(recipe_path.resolve().parent), name, nats_url, Console()))
 
 
 @main.command("run")
 @click.argument("role", type=click.Choice(ROLE_NAMES))
 @click.option("--replicas", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    help="With learner: processes that train together; by default the recipe's learner.ranks.",
+)
+@click.option(
+    "--shadow",
+    metavar="NAME",
+    help="With learner: train the main learner's batches beside it, or along the log of a run at "
+    "rest, and publish nothing; the same command goes on after an interruption.",
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="With --shadow: a key of [learner] that it has otherwise, e.g. learner.learning_rate=1e-5.",
+)
 @run_option
 @nats_option
-def run_role(role: str, replicas: int, run: str | None, nats_url: str) -> None:
+def run_role(  # noqa: PLR0913 (one for each option)
+    role: str,
+    replicas: int,
+    ranks: int | None,
+    shadow: str | None,
+    overrides: tuple[str, ...],
+    run: str | None,
+    nats_url: str,
+) -> None:
     """Add replicas of ROLE to a live run, until they are stopped."""
+    if shadow is not None:
+        if role != "learner" or replicas > 1 or ranks is not None:
+            raise UserError("run: --shadow is for one learner: actors run learner --shadow NAME")
+        from actors.shadow import run_shadow
+
+        go(run_shadow(shadow, overrides, run, nats_url))
+    if overrides:
+        raise UserError("run: --set needs --shadow NAME; a run's recipe is given to `actors train`")
+    if ranks is not None and role != "learner":
+        raise UserError(f"run: --ranks is for learner; of {role} there are --replicas")
     from actors.joining import add_replicas
 
-    _go(add_replicas(role, replicas, run, nats_url))  # type: ignore[arg-type]
+    go(add_replicas(role, replicas, run, nats_url, ranks))  # type: ignore[arg-type]
 
 
 def _steer(name: str, text: str) -> Callable[[str, str], None]:
@@ -123,7 +172,7 @@ def _steer(name: str, text: str) -> Callable[[str, str], None]:
     def command(run: str, nats_url: str) -> None:
         from actors.joining import steer
 
-        _go(steer(name, run, nats_url))
+        go(steer(name, run, nats_url))
 
     return command
 
@@ -158,7 +207,7 @@ def evaluate(model: str, recipe_path: Path, overrides: tuple[str, ...], nats_url
         )
     name = f"eval-{recipe.name}-{time.strftime('%m%d-%H%M%S')}"
     folder = str(recipe_path.resolve().parent)
-    _go(train_run(recipe, folder, name, nats_url, Console()))
+    go(train_run(recipe, folder, name, nats_url, Console()))
 
 
 @main.command()
@@ -168,7 +217,7 @@ def ps(run: str | None, nats_url: str) -> None:
     """Who is alive, on what, since when."""
     from actors.joining import show_alive
 
-    _go(show_alive(run, nats_url))
+    go(show_alive(run, nats_url))
 
 
 @main.command()
@@ -180,7 +229,7 @@ def tail(run: str | None, from_start: bool, as_json: bool, nats_url: str) -> Non
     """Follow the trajectory stream."""
     from actors.joining import follow
 
-    _go(follow(run, nats_url, from_start=from_start, as_json=as_json))
+    go(follow(run, nats_url, from_start=from_start, as_json=as_json))
 
 
 @main.command()
@@ -191,7 +240,7 @@ def show(trajectory: str, run: str | None, nats_url: str) -> None:
     """One TRAJECTORY: every turn, tool call, observation, reward and version."""
     from actors.joining import show_trajectory
 
-    _go(show_trajectory(trajectory, run, nats_url))
+    go(show_trajectory(trajectory, run, nats_url))
 
 
 @main.command()
@@ -202,7 +251,7 @@ def verify(run: str | None, as_json: bool, nats_url: str) -> None:
     """Account for every trajectory from the log alone; exit status 1 when something is broken."""
     from actors.verify import verify as verify_run
 
-    _go(verify_run(run, nats_url, as_json=as_json))
+    go(verify_run(run, nats_url, as_json=as_json))
 
 
 @main.command()
@@ -213,7 +262,32 @@ def replay(run: str | None, steps: str, nats_url: str) -> None:
     """Do the steps of a run again from its log; exit status 1 when a value is not the recorded one."""
     from actors.replay import replay as replay_run
 
-    _go(replay_run(run, nats_url, steps))
+    go(replay_run(run, nats_url, steps))
+
+
+@main.command()
+@click.argument("names", metavar="RUN[/SHADOW]...", nargs=-1)
+@click.option("--to", type=click.Path(path_type=Path), help="The picture; by default in the first.")
+def compare(names: tuple[str, ...], to: Path | None) -> None:
+    """Runs and shadows beside each other: a table, curves, and where they differ first."""
+    from actors.compare import compare as compare_runs
+
+    compare_runs(names, to)
+
+
+@main.command()
+@click.argument("name", metavar="RUN[/SHADOW]")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--step", type=click.IntRange(min=0), help="By default the newest kept.")
+@click.option("--best", is_flag=True, help="The best kept, by learner.best_by.")
+@nats_option
+def export(name: str, folder: Path, step: int | None, best: bool, nats_url: str) -> None:
+    """Write a checkpoint as a Hugging Face FOLDER with a model card; adapters are merged."""
+    from actors.export import export as export_checkpoint
+
+    if best and step is not None:
+        raise UserError("export: --step or --best, not both")
+    go(export_checkpoint(name, folder, nats_url, step=step, best=best))
 
 
 @main.command()
@@ -228,7 +302,7 @@ def archive(run: str, folder: Path | None, drop: bool, force: bool, nats_url: st
     """Copy the log of RUN, which has ended, to a file that is read back and compared."""
     from actors.archive import archive as archive_run
 
-    _go(archive_run(run, folder, nats_url, drop=drop, force=force))
+    go(archive_run(run, folder, nats_url, drop=drop, force=force))
 
 
 @main.group()
@@ -243,7 +317,7 @@ def dead_list(run: str | None, nats_url: str) -> None:
     """One line for each."""
     from actors.dead import list_dead
 
-    _go(list_dead(run, nats_url))
+    go(list_dead(run, nats_url))
 
 
 @dead.command("show")
@@ -254,7 +328,7 @@ def dead_show(seq: int, run: str | None, nats_url: str) -> None:
     """All that one says, with what was put aside."""
     from actors.dead import show_dead
 
-    _go(show_dead(seq, run, nats_url))
+    go(show_dead(seq, run, nats_url))
 
 
 @dead.command("replay")
@@ -265,7 +339,7 @@ def dead_replay(seq: int, run: str | None, nats_url: str) -> None:
     """Send what was put aside again, if its trajectory still waits for it; else exit status 1."""
     from actors.dead import replay_dead
 
-    _go(replay_dead(seq, run, nats_url))
+    go(replay_dead(seq, run, nats_url))
 
 
 @dead.command("drop")
@@ -279,59 +353,10 @@ def dead_drop(seq: int | None, every: bool, run: str | None, nats_url: str) -> N
 
     if every == (seq is not None):
         raise UserError("dead drop: name one by its SEQ, or say --all")
-    _go(drop(seq, run, nats_url))
+    go(drop(seq, run, nats_url))
 
 
-@main.group("tools", context_settings={"help_option_names": ["-h", "--help"]})
-def tools_group() -> None:
-    """The tools that there are: list them, see what the policy is shown, call one by hand."""
-
-
-recipe_option = click.option(
-    "--recipe",
-    "recipe_path",
-    type=click.Path(path_type=Path),
-    help="Take tools, options and tier from a recipe.",
-)
-set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As tools.tier=unsafe."
-)
-
-
-@tools_group.command("list")
-@recipe_option
-@set_option
-def tools_list(recipe_path: Path | None, overrides: tuple[str, ...]) -> None:
-    """What there is to call."""
-    from actors.trying import list_tools
-
-    _go(list_tools(recipe_path, overrides))
-
-
-@tools_group.command("schema")
-@click.argument("name")
-@recipe_option
-@set_option
-def tools_schema(name: str, recipe_path: Path | None, overrides: tuple[str, ...]) -> None:
-    """What the policy is shown of the tool NAME."""
-    from actors.trying import show_schema
-
-    _go(show_schema(name, recipe_path, overrides))
-
-
-@tools_group.command("call")
-@click.argument("name")
-@click.argument("arguments", default="")
-@click.option("--task", default="{}", help="The row's public.extra, as JSON.")
-@recipe_option
-@set_option
-def tools_call(
-    name: str, arguments: str, task: str, recipe_path: Path | None, overrides: tuple[str, ...]
-) -> None:
-    """Call the tool NAME with ARGUMENTS: a JSON object, or what a call's body would hold."""
-    from actors.trying import call_tool
-
-    _go(call_tool(name, arguments, recipe_path, task, overrides))
+main.add_command(tools)
 
 
 @main.command()

@@ -105,6 +105,8 @@ def training_rows(data: Data, seed: int, recipe_dir: str) -> Iterator[TaskRow]:
     if data.rows:
         make = load_function(data.rows, "data.rows", recipe_dir)
         return _made(make, data.rows, seed)
+    if not data.path:
+        return iter(())  # nothing is trained
     return _epochs(read_rows(data.path, "data.path", recipe_dir), data.shuffle, seed)
 
 

@@ -8,16 +8,16 @@ Slots: a group is charged when it is admitted and freed when it is trained, filt
 groups_per_step * (max_staleness + 1), so sampling cannot run further ahead of learning than that.
 """
 
-import hashlib
 import itertools
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 
 from msgspec import structs
 
+from actors.bookmarks import Bookmarks
 from actors.decisions import Admit, Decision, End, Finish, Sweep, View, Wake
-from actors.place import Place
-from actors.tasks import Evaluations, Tasks
+from actors.live import ATTEMPTS, Group, Live
+from actors.tasks import Evaluations, Tasks, place_seed
 from schemas.events import (
     Admitted,
     AnyEvent,
@@ -28,6 +28,7 @@ from schemas.events import (
     Expired,
     Failed,
     Filtered,
+    Finished,
     Paused,
     Result,
     Resumed,
@@ -37,69 +38,13 @@ from schemas.events import (
     Stepped,
     Turn,
 )
-from schemas.messages import DeadLetter
+from schemas.messages import Bookmark, DeadLetter
 from schemas.recipe import Recipe, stage_limits_s
 from schemas.task import TaskRow
 from schemas.trajectory import TrajectoryId
 
-ATTEMPTS = 2
-"""Of each member of a group, before the group is dropped."""
-
 _RECENT = 32
 """Ends looked at to see whether admissions keep failing."""
-
-
-class Live:
-    """A trajectory that has not ended."""
-
-    def __init__(self, admitted: Admitted, seq: int, now_s: float) -> None:
-        self.admitted = admitted
-        self.oldest_version: int | None = None
-        self.fresh = True
-        """Nothing has been sampled yet."""
-        self.woken_seq = seq
-        """With barriers: the sequence at which its next stage was last woken."""
-        self.move(Place(), seq, now_s)
-
-    def move(self, place: Place, seq: int, now_s: float) -> None:
-        """It has a new event: whatever was late is forgiven."""
-        self.place = place
-        self.seq = seq
-        self.moved_s = self.due_since_s = now_s
-        """When it moved, and when it was last swept, or moved."""
-        self.sweeps = 0
-        self.queue_end: int | None = None
-        """How many messages its queue will have given out when all that lay there is taken."""
-
-    @property
-    def stage(self) -> str:
-        """Who acts next; see Place."""
-        return self.place.stage
-
-
-class Group:
-    """The members of one task's group that holds a slot."""
-
-    def __init__(self, first: Admitted) -> None:
-        self.first = first
-        self.attempts: dict[int, int] = {}
-        """Member → its newest attempt."""
-        self.failed: set[int] = set()
-        """Members whose newest attempt has failed."""
-        self.ended: set[int] = set()
-        """Members whose newest attempt was expired or dropped."""
-        self.expired = False
-        """One of them was expired: the task is to be admitted again."""
-
-    @property
-    def lost(self) -> bool:
-        """It can no longer become complete."""
-        return bool(self.ended) or any(self.attempts[m] + 1 >= ATTEMPTS for m in self.failed)
-
-    @property
-    def over(self) -> bool:
-        """It is lost and nothing of it is alive."""
-        return self.lost and len(self.ended | self.failed) == len(self.attempts)
 
 
 class Dispatcher:
@@ -121,6 +66,8 @@ class Dispatcher:
         """Training groups that hold a slot."""
         self._attention: set[str] = set()
         """Groups with a failed or ended member."""
+        self._strays: set[str] = set()
+        """Admitted, by a dispatcher that had lost its lease, after their group was closed."""
         self._evaluation_again: dict[str, Admitted] = {}
         """Second attempts of evaluations that failed, by group."""
         self._fresh = 0
@@ -129,6 +76,7 @@ class Dispatcher:
         self.paused = False
         self.ended = False
         self._recent: deque[str] = deque(maxlen=_RECENT)
+        self._bookmarks = Bookmarks()
 
     # -- what the log says -------------------------------------------------------------------------
 
@@ -138,7 +86,7 @@ class Dispatcher:
             self._admitted(event, seq, now_s)
         elif isinstance(event, Turn | Started | Result | Scored):
             self._moved(event, seq, now_s)
-        elif isinstance(event, Evaluated | Expired | Failed | Dropped):
+        elif isinstance(event, Evaluated | Expired | Failed | Dropped | Finished):
             self._end(event)
         elif isinstance(event, Step):
             self._steps_begun = max(self._steps_begun, event.step)
@@ -159,18 +107,23 @@ class Dispatcher:
         if event.purpose == "eval":
             self._evaluations.admitted(name)
             self._evaluation_again.pop(name, None)
+        elif event.purpose == "external":
+            pass  # of no group
+        elif (group := self.groups.get(name) or self._new_group(name, event, seq)) is None:
+            self._strays.add(event.trajectory)
+        elif attempt < group.attempts.get(member, 0):
+            return
         else:
-            group = self.groups.get(name) or self._new_group(name, event)
-            if attempt < group.attempts.get(member, 0):
-                return
+            group.first_seq = min(group.first_seq, seq)
             group.attempts[member] = attempt
             group.failed.discard(member)
         self.live[event.trajectory] = Live(event, seq, now_s)
         self._fresh += 1
 
-    def _new_group(self, name: str, first: Admitted) -> Group:
-        self._tasks.admitted(name)
-        group = self.groups[name] = Group(first)
+    def _new_group(self, name: str, first: Admitted, seq: int) -> Group | None:
+        if not self._tasks.admitted(name):
+            return None
+        group = self.groups[name] = Group(first, seq)
         return group
 
     def _moved(self, event: Turn | Started | Result | Scored, seq: int, now_s: float) -> None:
@@ -186,16 +139,20 @@ class Dispatcher:
         elif isinstance(event, Scored):
             self._recent.append("")
 
-    def _end(self, event: Evaluated | Expired | Failed | Dropped) -> None:
+    def _end(self, event: Evaluated | Expired | Failed | Dropped | Finished) -> None:
         live = self.live.pop(event.trajectory, None)
         if live is None:
             return
         self._fresh -= live.fresh
+        self._strays.discard(event.trajectory)
+        if live.admitted.purpose == "external":
+            return  # its gateway says what became of it
         self._recent.append(str(event.cause) if isinstance(event, Failed) else "")
         name, member, attempt = TrajectoryId.parse(event.trajectory)
         group = self.groups.get(name)
         if group is None:
-            if isinstance(event, Failed) and attempt + 1 < ATTEMPTS:
+            again = isinstance(event, Failed) and attempt + 1 < ATTEMPTS
+            if again and live.admitted.purpose == "eval":
                 retry = str(TrajectoryId(name, member, attempt + 1))
                 self._evaluation_again[name] = structs.replace(live.admitted, trajectory=retry)
             return
@@ -211,11 +168,46 @@ class Dispatcher:
         for trajectory in trajectories:
             live = self.live.pop(trajectory, None)
             self._fresh -= bool(live and live.fresh)
+            self._strays.discard(trajectory)
             self._forget(TrajectoryId.parse(trajectory).group)
 
     def _forget(self, group: str) -> None:
         self.groups.pop(group, None)
         self._attention.discard(group)
+
+    # -- bookmarks ---------------------------------------------------------------------------------
+
+    def mark(self, seq: int) -> Bookmark | None:
+        """All that the log holds up to here, and no more, was observed. Returns a new bookmark now and then."""
+        if self._tasks.repeating or self._evaluation_again or self._strays:
+            return None  # something that has ended is still to be admitted again, or to be ended
+        if self._bookmarks.due(seq):
+            next_row, lost_rows, repeats = self._tasks.marked(self.groups)
+            evaluated, evaluations = self._evaluations.marked()
+            self._bookmarks.take(
+                Bookmark(
+                    seq=seq,
+                    next_row=next_row,
+                    lost_rows=lost_rows,
+                    repeats=repeats,
+                    evaluated=evaluated,
+                    evaluations=evaluations,
+                    steps_begun=self._steps_begun,
+                    steps_done=self._steps_done,
+                    recent=list(self._recent),
+                )
+            )
+        opened = [group.first_seq for group in self.groups.values()]
+        opened += [live.admitted_seq for live in self.live.values()]
+        return self._bookmarks.closed(min(opened, default=seq + 1))
+
+    def resume(self, bookmark: Bookmark) -> None:
+        """Begin there instead of at the log's beginning; the run's own events before it are still to be observed."""
+        self._bookmarks = Bookmarks(bookmark.seq)
+        self._tasks.resume(bookmark.next_row, bookmark.lost_rows, bookmark.repeats)
+        self._evaluations.resume(bookmark.evaluated, bookmark.evaluations)
+        self._steps_begun, self._steps_done = bookmark.steps_begun, bookmark.steps_done
+        self._recent.extend(bookmark.recent)
 
     # -- what to do --------------------------------------------------------------------------------
 
@@ -225,7 +217,7 @@ class Dispatcher:
             return []
         steps = self._recipe.learner.steps
         over = self._steps_done >= steps and view.policy_version >= steps
-        decisions = list(self._close_all() if over else self._mend())
+        decisions = [*self._drop_strays(), *(self._close_all() if over else self._mend())]
         if self._recipe.asynchrony.barriers:
             decisions += self._release()
         if view.policy_version >= 0 and not self.paused:
@@ -239,7 +231,7 @@ class Dispatcher:
         """What has become too late or too old, and members whose admission was cut short."""
         if self.ended:
             return []
-        return [*self._overdue(view), *self._stale(view), *self._missing()]
+        return [*self._overdue(view), *self._stale(view), *self._missing(), *self._left(view)]
 
     def fail(self, letter: DeadLetter) -> list[Decision]:
         """End a trajectory whose message was put aside; nothing when it has moved since, or has ended."""
@@ -263,11 +255,11 @@ class Dispatcher:
         sweeps = self._recipe.deadlines.sweeps
         for name, live in self.live.items():
             limit = limits.get(live.stage)
-            if limit is None or view.now_s - live.due_since_s < limit:
+            if limit is None or live.outside or view.now_s - live.due_since_s < limit:
                 continue
             # one deadline more for a holder that lives: then another may take it, and the commit rule settles it
             held_s = view.held.get(name)
-            if _in_line(live, view) if held_s is None else held_s < 2 * limit:
+            if live.in_line(view.queues) if held_s is None else held_s < 2 * limit:
                 continue
             live.due_since_s = view.now_s
             live.sweeps += 1
@@ -293,6 +285,16 @@ class Dispatcher:
         for name in stale:
             yield from self._close(name, Expired, "too stale")
 
+    def _left(self, view: View) -> Iterator[Decision]:
+        """External trajectories that nobody has asked anything of for long."""
+        idle_s = self._recipe.gateway.idle_s
+        for name, live in self.live.items():
+            if live.outside and view.now_s - live.moved_s > idle_s:
+                reason = f"no action for {idle_s:g} s"
+                yield End(
+                    [(Expired(trajectory=name, replica=self._replica, reason=reason), live.seq)]
+                )
+
     def _missing(self) -> Iterator[Decision]:
         for name, group in self.groups.items():
             missing = set(range(self._recipe.learner.group_size)) - group.attempts.keys()
@@ -314,6 +316,12 @@ class Dispatcher:
                         for member in group.failed
                     ]
                 )
+
+    def _drop_strays(self) -> Iterator[Decision]:
+        for name in self._strays:
+            reason = "its group was closed before it was admitted"
+            dropped = Dropped(trajectory=name, replica=self._replica, reason=reason)
+            yield End([(dropped, self.live[name].seq)])
 
     def _close_all(self) -> Iterator[Decision]:
         """What is left at the end will not be trained."""
@@ -384,19 +392,3 @@ class Dispatcher:
             replica=self._replica,
             seed=place_seed(self._recipe.seed, group, member, attempt),
         )
-
-
-def _in_line(live: Live, view: View) -> bool:
-    """Whether its message may still lie in its queue, behind others: then silence is waiting and not loss."""
-    queue = view.queues.get(live.place.queue)
-    if queue is None or not queue.waiting:
-        return False
-    if live.queue_end is None:
-        live.queue_end = queue.taken + queue.waiting
-    return queue.taken < live.queue_end
-
-
-def place_seed(seed: int, group: str, member: int, attempt: int) -> int:
-    """A trajectory's seed, derived from its place."""
-    place = f"{seed}.{group}.{member}.{attempt}".encode()
-    return int.from_bytes(hashlib.sha256(place).digest()[:8], "little") >> 1

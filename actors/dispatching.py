@@ -3,8 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import structlog
 
@@ -13,16 +12,26 @@ from actors.data import evaluation_rows, training_rows
 from actors.decisions import Admit, Decision, End, Finish, Sweep, View, Wake
 from actors.dispatcher import Dispatcher
 from actors.fleet import HEARD_S, Fleet
+from actors.learner import NAME, is_shadow
 from actors.process import Process
 from actors.watchdog import Sight, Waiting, Watchdog
 from bus import policy, private, subjects
+from bus.bookmark import read_bookmark, write_bookmark
 from bus.dead import follow_dead
 from bus.errors import BusError, Conflict, Unavailable
 from bus.lease import Lease
 from bus.log import Stored, fold_stored
 from bus.room import shortage
 from bus.work import Queue, backlog, publish_work
-from schemas.events import Admitted, Dropped, Expired, Failed, TrajectoryEvent
+from schemas.events import (
+    Admitted,
+    AnyTrajectoryEvent,
+    Dropped,
+    Expired,
+    Failed,
+    ToolAdded,
+    TrajectoryEvent,
+)
 from schemas.messages import DeadLetter
 from schemas.trajectory import Trajectory
 
@@ -56,7 +65,11 @@ class Dispatching:
             evaluation_rows(recipe.evaluation, recipe, folder),
             process.replica,
         )
+        self._appended_seq = 0
+        """Of the newest event of ours that was observed, read or not."""
         self._watchdog = Watchdog(recipe)
+        self._tools = recipe.tools.names
+        """The queues of tools; see Call."""
         self._letters: dict[str, DeadLetter] = {}
         """By trajectory, until the log shows that it has ended or moved."""
         self._states: dict[str, Trajectory] = {}
@@ -69,7 +82,7 @@ class Dispatching:
         process = self._process
         await self._fleet.hear(process.bus, process.run)
         lease = Lease(process.bus, process.run, "dispatcher", process.replica)
-        while await self._unless_stopping(lease.acquire()):
+        while await process.unless_stopping(lease.acquire()):
             process.vitals.phase = ""
             await self._hold(lease)
             if self._dispatcher.ended or process.stopping.is_set():
@@ -99,15 +112,6 @@ class Dispatching:
         for task in done:
             task.result()
 
-    async def _unless_stopping(self, wait: Coroutine[Any, Any, None]) -> bool:
-        """Whether the wait ended before we were told to stop."""
-        waiting = asyncio.ensure_future(wait)
-        stop = asyncio.ensure_future(self._process.stopping.wait())
-        await asyncio.wait({waiting, stop}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (waiting, stop):
-            task.cancel()
-        return waiting.done() and not waiting.cancelled()
-
     async def _follow_policy(self) -> None:
         async for pointer in policy.follow(self._process.bus, self._process.run):
             self._policy_version = self._process.vitals.policy_version = pointer.policy_version
@@ -133,16 +137,43 @@ class Dispatching:
         run = self._process.run
         barriers = self._process.recipe.asynchrony.barriers
         # the learner's events free slots; with barriers every event may be the last that all wait for
-        hint = subjects.log(run) if barriers else subjects.learner(run, "*")
-        async for found in self._process.log.follow(poll_s=_POLL_S, hint=hint):
+        hint = subjects.log(run) if barriers else subjects.learner(run, NAME)
+        read_seq = await self._resume()
+        async for found in self._process.log.follow(read_seq, poll_s=_POLL_S, hint=hint):
             now = time.monotonic()
             for stored in found:
                 self._observe(stored, now)
             if found:
+                read_seq = found[-1].seq
                 continue
             if self._dispatcher.ended:
                 return
+            await self._keep_place(read_seq)
             await self._carry_out(await self._decisions(now))
+
+    async def _resume(self) -> int:
+        """Begin at the bookmark; returns where to read on. Of what was before, only the run's own events are read."""
+        run_log = self._process.log
+        try:
+            last_seq = await run_log.last_seq()
+            bookmark = await read_bookmark(self._process.bus, run_log.run, last_seq)
+            if bookmark is None:
+                return 0
+            before = [each async for each in run_log.read(subjects.run_event(run_log.run))]
+        except Unavailable:
+            return 0
+        self._dispatcher.resume(bookmark)
+        for stored in before:
+            if stored.seq <= bookmark.seq:
+                self._observe(stored, time.monotonic())
+        return bookmark.seq
+
+    async def _keep_place(self, read_seq: int) -> None:
+        """Write a bookmark now and then, where nothing of ours is known that is not read yet."""
+        bookmark = self._dispatcher.mark(read_seq) if read_seq >= self._appended_seq else None
+        if bookmark is not None:
+            with contextlib.suppress(BusError):  # the next one will do
+                await write_bookmark(self._process.bus, self._process.run, bookmark)
 
     async def _decisions(self, now_s: float) -> list[Decision]:
         decisions: list[Decision] = []
@@ -150,9 +181,7 @@ class Dispatching:
         if now_s - self._patrol_s >= _PATROL_S and self._fleet.flows_s(now_s) > HEARD_S:
             self._patrol_s = now_s
             with contextlib.suppress(Unavailable):
-                self._queues = await backlog(
-                    self._process.bus, self._process.run, self._process.recipe.tools.names
-                )
+                self._queues = await backlog(self._process.bus, self._process.run, self._tools)
             decisions += self._dispatcher.patrol(self._view(now_s))
             self._say_how_it_goes()
             self._watch(now_s)
@@ -185,9 +214,12 @@ class Dispatching:
                 each.stage, each.place.queue, each.moved_s, each.admitted.purpose == "train"
             )
             for name, each in self._dispatcher.live.items()
+            if not each.outside
         }
         heard = self._fleet.heard(now_s)
-        sight = Sight(now_s, live, heard, self._queues, self._policy_version)
+        # a run that only serves tools waits for no version 0
+        version = self._policy_version if self._process.recipe.policy.model else 0
+        sight = Sight(now_s, live, heard, self._queues, version)
         changes = self._watchdog.look(sight)
         self._process.vitals.stalls = changes.stalls
         for stall in changes.begun:
@@ -210,9 +242,15 @@ class Dispatching:
                 log.warning(phase)
 
     def _observe(self, stored: Stored, now_s: float) -> None:
+        if is_shadow(stored.learner):
+            return
         self._dispatcher.observe(stored.event, stored.seq, now_s)
         event = stored.event
-        if self._process.recipe.asynchrony.barriers and isinstance(event, TrajectoryEvent):
+        if isinstance(event, ToolAdded) and event.queue not in self._tools:
+            self._tools.append(event.queue)
+        if not (self._process.recipe.asynchrony.barriers and isinstance(event, TrajectoryEvent)):
+            return
+        if isinstance(event, Admitted) or event.trajectory in self._states:
             state = fold_stored(self._states.pop(event.trajectory, None), stored)
             if state is not None and state.next_hop is not None:
                 self._states[event.trajectory] = state
@@ -252,7 +290,7 @@ class Dispatching:
                 seq = await process.log.append(event, 0)
             except Conflict:
                 return  # admitted before; the log will show it
-            self._dispatcher.observe(event, seq, time.monotonic())
+            self._appended(event, seq)
             await publish_work(process.bus, process.run, Trajectory(admitted=event, seq=seq))
 
     async def _end(self, decision: End) -> None:
@@ -261,7 +299,11 @@ class Dispatching:
                 seq = await self._append_end(event, after)
                 if seq is None:
                     return  # it has moved: decided anew when the log shows how
-                self._dispatcher.observe(event, seq, time.monotonic())
+                self._appended(event, seq)
+
+    def _appended(self, event: AnyTrajectoryEvent, seq: int) -> None:
+        self._appended_seq = max(self._appended_seq, seq)
+        self._dispatcher.observe(event, seq, time.monotonic())
 
     async def _append_end(self, event: Expired | Failed | Dropped, after: int) -> int | None:
         """Append the end of a trajectory whose last event is at `after`, also behind junk; None when it has moved."""

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import ClassVar, NamedTuple
 
 from actors.actor import HopFailed
+from actors.calling import Calling
 from bus.subjects import Stage
 from engines.chat import Chat
 from engines.engine import Engine, Sample, SampleRequest
@@ -21,7 +22,7 @@ from schemas.recipe import Recipe
 from schemas.task import PublicPart
 from schemas.tokens import Tokens
 from schemas.trajectory import Trajectory
-from tools.formats import CallFormat, with_functions
+from tools.formats import with_functions
 
 _WEIGHTS_WAIT_S = 60.0
 
@@ -111,13 +112,14 @@ class Generator:
     produces: ClassVar[tuple[type[Event], ...]] = (Turn,)
 
     def __init__(
-        self, recipe: Recipe, policies: Policies, chat: Chat, formats: CallFormat, replica: str
+        self, recipe: Recipe, policies: Policies, chat: Chat, calling: Calling, replica: str
     ) -> None:
         self._policy = recipe.policy
         self._tools = recipe.tools
         self._policies = policies
         self._chat = chat
-        self._format = formats
+        self.calling = calling
+        """Replaced when a tool is added or removed."""
         self._replica = replica
 
     async def handle(self, state: Trajectory) -> Turn:
@@ -162,12 +164,12 @@ class Generator:
         return Prepared(ids, given, room)
 
     def _stop(self, admitted: Admitted) -> tuple[str, ...]:
-        granted = self._format.granting(admitted.public.tools)
+        granted = self.calling.granting(admitted.public.tools)
         return granted.stop if self._tools.stop_after_call else ()
 
     def _prompt_ids(self, public: PublicPart) -> list[int]:
         """The task's messages, with the functions that it may call where the recipe shows them."""
-        granted = self._format.granting(public.tools)
+        granted = self.calling.shown(public.tools)
         if self._tools.format == "template" or self._tools.show == "template":
             return self._chat.prompt_ids(public.messages, granted.schemas)
         if self._tools.show == "system":
@@ -200,7 +202,7 @@ class Generator:
             return turn
         begun = [id_ for piece in state.open_pieces() for id_ in piece.tokens.sampled_ids]
         whole = self._chat.decode([*begun, *sample.ids], special=True)
-        parsed = self._format.granting(state.admitted.public.tools).parse(whole)
+        parsed = self.calling.parse(whole, state.admitted.public.tools)
         limit = sample.finish_reason == "length" or state.turn_count + 1 >= self._policy.max_turns
         return Turn(
             trajectory=state.id,

@@ -4,10 +4,12 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import NamedTuple
 
 import click
+from msgspec.structs import replace
 
 from actors.errors import UserError
 from actors.fleet import HEARD_S, Fleet
@@ -39,28 +41,50 @@ def _where(run: str | None, nats_url: str) -> tuple[str, Endpoint]:
     return run, Endpoint(url=nats_url)
 
 
-@asynccontextmanager
-async def reach(run: str | None, nats_url: str) -> AsyncIterator[tuple[Bus, Log]]:
-    """A run's log, live or at rest: for one at rest its server is started on its store for as long."""
+class Served(NamedTuple):
+    """A run whose server can be reached."""
+
+    run: str
+    endpoint: Endpoint
+    at_rest: bool
+    """Nothing more will come."""
+
+
+@contextmanager
+def serving(run: str | None, nats_url: str) -> Iterator[Served]:
+    """A run, live or at rest: for one at rest its server is started on its store for as long. Raises UserError."""
     at_rest = run is not None and not nats_url and not RunFolder(run).live()
     if at_rest and (store := RunFolder(run or "").nats).is_dir():
         server = EmbeddedServer(store)
         server.start()
         try:
-            async with connect(server.endpoint, "operator") as bus, open_log(bus, run or "") as log:
-                yield bus, log
+            yield Served(run or "", server.endpoint, at_rest=True)
         finally:
             server.stop()
         return
-    name, endpoint = _where(run, nats_url)
-    async with connect(endpoint, "operator") as bus, open_log(bus, name) as log:
-        if await opened(log) is None:
-            raise UserError(f"no run {name!r} at {endpoint.url}")
-        yield bus, log
+    yield Served(*_where(run, nats_url), at_rest=False)
 
 
-async def add_replicas(role: RoleName, replicas: int, run: str | None, nats_url: str) -> int:
-    """Keep more replicas of a role alive until interrupted or the run ends."""
+@asynccontextmanager
+async def reach(run: str | None, nats_url: str) -> AsyncIterator[tuple[Bus, Log]]:
+    """A run's log, live or at rest. Raises UserError."""
+    with serving(run, nats_url) as served:
+        async with (
+            connect(served.endpoint, "operator") as bus,
+            open_log(bus, served.run) as log,
+        ):
+            if not served.at_rest and await opened(log) is None:
+                raise UserError(f"no run {served.run!r} at {served.endpoint.url}")
+            yield bus, log
+
+
+async def add_replicas(
+    role: RoleName, replicas: int, run: str | None, nats_url: str, ranks: int | None = None
+) -> int:
+    """Keep more replicas of a role alive until interrupted or the run ends.
+
+    `ranks`: of a learner, instead of what the recipe says.
+    """
     name, endpoint = _where(run, nats_url)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -74,7 +98,10 @@ async def add_replicas(role: RoleName, replicas: int, run: str | None, nats_url:
         gone = asyncio.Event()
         if home is not None:
             _watch_process(home.supervisor_pid, gone)
-        supervisor = Supervisor(name, endpoint, folder.logs, event.recipe)
+        recipe = event.recipe
+        if ranks is not None:
+            recipe = replace(recipe, learner=replace(recipe.learner, ranks=ranks))
+        supervisor = Supervisor(name, endpoint, folder.logs, recipe)
         click.echo(f"{role} x{replicas} joins run {name}; Ctrl-C drains and leaves")
         waits = [
             asyncio.ensure_future(each)

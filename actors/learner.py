@@ -11,6 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
+import msgspec
+
 from learner.groups import refusal, zero_variance
 from schemas.events import (
     Admitted,
@@ -31,6 +33,24 @@ NAME = "main"
 """The name in the log of the learner whose steps make the run's versions."""
 
 
+LOG_PLACE = "log.json"
+"""The file of a checkpoint that says where to read on; without it a learner reads the whole log."""
+
+
+def is_shadow(learner: str) -> bool:
+    """Whether a name in the log is that of a learner that trains beside the main one: it is no part of the run."""
+    return learner not in ("", NAME)
+
+
+class LogPlace(msgspec.Struct, frozen=True):
+    """Where a checkpoint stands in the log; lies in it as `LOG_PLACE`."""
+
+    read_seq: int = 0
+    """All that is still needed was admitted after this sequence."""
+    learner_seq: int = 0
+    """The last sequence of the learner's own log."""
+
+
 class Batch(NamedTuple):
     """What one step trains, and what it reports on."""
 
@@ -44,18 +64,24 @@ class Batch(NamedTuple):
 class Planner:
     """Folds the log into groups. Knows no bus and no torch."""
 
-    def __init__(self, recipe: Recipe, checkpoint_step: int, replica: str = "") -> None:
+    def __init__(
+        self, recipe: Recipe, checkpoint_step: int, replica: str = "", seq: int = 0
+    ) -> None:
+        """`seq`: that of our own log when the checkpoint was taken, for who does not read all before it."""
         self._recipe = recipe
         self._replica = replica
         self._checkpoint_step = checkpoint_step
-        self.step = 0
+        self.step = checkpoint_step
         """The last step begun."""
-        self.seq = 0
-        """The last sequence of our own write-ahead log."""
+        self._checkpoint_seq = seq
+        self._followed_seq = 0
+        """The last sequence of our own write-ahead log that was observed."""
         self.stepped: dict[int, Stepped] = {}
         self.batches: dict[int, Batch] = {}
         """Steps begun and not in the checkpoint: to be trained, or trained again."""
         self.trajectories: dict[str, Trajectory] = {}
+        self._admitted: dict[str, int] = {}
+        """Trajectory → the sequence of its admission, while it may be needed."""
         self._oldest: dict[str, int] = {}
         """Live trajectory → the oldest version that sampled a token of it."""
         self._scored: dict[str, dict[int, str]] = {}
@@ -81,9 +107,25 @@ class Planner:
         self.now_s = max(self.now_s, time_s)
         if isinstance(event, TrajectoryEvent):
             self._follow(event, seq)
-        elif isinstance(event, AnyLearnerEvent) and seq > self.seq:
-            self.seq = seq
+        elif isinstance(event, AnyLearnerEvent) and seq > self._followed_seq:
+            self._followed_seq = seq
             self._remember(event)
+
+    @property
+    def seq(self) -> int:
+        """The last sequence of our own write-ahead log."""
+        return max(self._followed_seq, self._checkpoint_seq)
+
+    def needed_from(self, read_seq: int) -> int:
+        """After which sequence a learner with a checkpoint of this moment reads on; `read_seq`: up to where we have."""
+        self._forget_admissions()
+        return min([*self._admitted.values(), read_seq + 1]) - 1
+
+    def _forget_admissions(self) -> None:
+        members = [m for batch in self.batches.values() for group in batch.groups for m in group]
+        members += [m for filtered in self._filtered.values() for m in filtered]
+        needed = self.trajectories.keys() | {member.id for member in members}
+        self._admitted = {name: seq for name, seq in self._admitted.items() if name in needed}
 
     def _remember(self, event: AnyLearnerEvent) -> None:
         """Take in our own write-ahead log: at start-up from the log, later as we append."""
@@ -93,6 +135,7 @@ class Planner:
             self._begin(event)
         elif isinstance(event, Stepped):
             self.stepped[event.step] = event
+            self._forget_admissions()
             self.failed_by_cause.clear()
             self.sampled_tokens = 0
             self.since_s = self.now_s
@@ -100,9 +143,10 @@ class Planner:
     def _follow(self, event: TrajectoryEvent, seq: int) -> None:
         known = self.trajectories.get(event.trajectory)
         if isinstance(event, Admitted):
-            if event.purpose == "eval":
+            if event.purpose != "train":
                 return
             self.since_s = self.since_s or self.now_s
+            self._admitted.setdefault(event.trajectory, seq)
         if known is None and not isinstance(event, Admitted):
             return  # of an evaluation, or trained and forgotten
         try:
@@ -143,17 +187,33 @@ class Planner:
         return [self.trajectories.pop(members[member]) for member in sorted(members)]
 
     def _filter(self, event: Filtered) -> None:
+        if (
+            event.group not in self._ready
+        ):  # of a step before our checkpoint; not all of it was read
+            self._discard(event.trajectories)
+            return
         members = self._take(event.group)
         self._filtered[event.group] = [] if event.reason == "stale" else members
 
     def _begin(self, event: Step) -> None:
-        names = list(dict.fromkeys(TrajectoryId.parse(t).group for t in event.trajectories))
-        groups = [self._take(name) for name in names]
-        filtered = [member for name in event.filtered for member in self._filtered.get(name, [])]
-        self._filtered.clear()
-        self.step = event.step
+        self.step = max(self.step, event.step)
         if event.step > self._checkpoint_step:
+            names = dict.fromkeys(TrajectoryId.parse(t).group for t in event.trajectories)
+            groups = [self._take(name) for name in names]
+            filtered = [m for name in event.filtered for m in self._filtered.get(name, [])]
             self.batches[event.step] = Batch(event, groups, filtered)
+        else:
+            self._discard(event.trajectories)
+        self._filtered.clear()
+
+    def _discard(self, trajectories: Iterable[str]) -> None:
+        """Forget what was taken before our checkpoint, as far as it was read."""
+        for trajectory in trajectories:
+            name = TrajectoryId.parse(trajectory).group
+            self._scored.pop(name, None)
+            if name in self._ready:
+                self._ready.remove(name)
+            self.trajectories.pop(trajectory, None)
 
     # -- what to do --------------------------------------------------------------------------------
 

@@ -11,20 +11,26 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
+import structlog
 from setproctitle import setproctitle
 
+from actors.ranks import Group, lead
 from actors.replica import serve
 from bus.connection import Endpoint
 from bus.embedded import die_with_parent
 from schemas.messages import RoleName
 
+log = structlog.get_logger()
+
 ENDPOINT_VARIABLE = "ACTORS_ENDPOINT"
 """Holds the endpoint on its way into the nursery; what replicas start does not inherit it."""
+_END_S = 5.0
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +42,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """The file for its output."""
     imports: list[str]
     """Modules that stay imported for all that come later."""
+    group: Group | None = None
+    """For a learner of several processes."""
 
 
 class Born(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -58,8 +66,14 @@ class Gone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Child:
     """A replica that was started."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, role: RoleName) -> None:
         self.pid = pid
+        self.role = role
+        self.born_s = time.monotonic()
+        self.hung = ""
+        """Why its supervisor killed it."""
+        self.killed_s = 0.0
+        """When it did."""
         self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def wait(self) -> int:
@@ -83,6 +97,8 @@ class Nursery:
 
     def __init__(self, endpoint: Endpoint, log: Path) -> None:
         self._log = log
+        self.patience_s = 120.0
+        """How long it may take to carry out an order; the first one that needs torch waits for its import."""
         self._environment = os.environ | {
             ENDPOINT_VARIABLE: msgspec.json.encode(endpoint).decode(),
             "OMP_NUM_THREADS": "1",  # torch's own setting wins where a recipe gives more
@@ -93,7 +109,8 @@ class Nursery:
         self._opening = asyncio.Lock()
         self._writer: asyncio.StreamWriter | None = None
         self._listening: asyncio.Task[None] | None = None
-        self._ordered: asyncio.Queue[asyncio.Future[Child]] = asyncio.Queue()
+        self._process: asyncio.subprocess.Process | None = None
+        self._ordered: asyncio.Queue[tuple[Order, asyncio.Future[Child]]] = asyncio.Queue()
         self._children: dict[int, Child] = {}
 
     async def start(self, order: Order) -> Child:
@@ -101,14 +118,23 @@ class Nursery:
         born: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
         async with self._opening:
             writer = self._writer = self._writer or await self._open()
-            self._ordered.put_nowait(born)
+            self._ordered.put_nowait((order, born))
             writer.write(msgspec.json.encode(order) + b"\n")
+        await asyncio.wait({born}, timeout=self.patience_s)
+        if not born.done():
+            self.kill()
         return await born
+
+    def kill(self) -> None:
+        """End a nursery that hangs, and all its replicas with it; the next order starts another."""
+        if self._process is not None and self._process.returncode is None:
+            log.warning("nursery hangs; killing it", pid=self._process.pid)
+            self._process.kill()
 
     async def _open(self) -> asyncio.StreamWriter:
         ours, theirs = socket.socketpair()
         with theirs, self._log.open("ab") as output:
-            process = await asyncio.create_subprocess_exec(
+            process = self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
                 "actors.nursery",
@@ -129,27 +155,34 @@ class Nursery:
         self, reader: asyncio.StreamReader, process: asyncio.subprocess.Process
     ) -> None:
         """Take what happened to whom, until the nursery ends; its replicas have ended with it."""
-        while line := await reader.readline():
-            news: Born | Gone = msgspec.json.decode(line, type=Born | Gone)
-            if isinstance(news, Born):
-                child = self._children[news.pid] = Child(news.pid)
-                self._ordered.get_nowait().set_result(child)
-            else:
-                self._children.pop(news.pid).ended(news.status)
+        with suppress(ConnectionResetError):  # it was killed with an order unread
+            while line := await reader.readline():
+                self._hear(msgspec.json.decode(line, type=Born | Gone))
         await process.wait()
         if self._writer is not None:
             self._writer.close()
         self._writer = None
         while not self._ordered.empty():
-            self._ordered.get_nowait().set_exception(ConnectionResetError("the nursery died"))
+            _, born = self._ordered.get_nowait()
+            born.set_exception(ConnectionResetError("the nursery died"))
         for child in self._children.values():
             child.ended(-signal.SIGKILL)
         self._children.clear()
+
+    def _hear(self, news: Born | Gone) -> None:
+        if isinstance(news, Born):
+            order, born = self._ordered.get_nowait()
+            child = self._children[news.pid] = Child(news.pid, order.role)
+            born.set_result(child)
+        else:
+            self._children.pop(news.pid).ended(news.status)
 
     async def close(self) -> None:
         """End the nursery, and with it whatever it forked."""
         if self._writer is not None and self._listening is not None:
             self._writer.close()
+            await asyncio.wait({self._listening}, timeout=_END_S)
+            self.kill()
             await self._listening
 
 
@@ -227,6 +260,8 @@ def _become(order: Order, endpoint: Endpoint) -> None:
     with Path(order.log).open("ab") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    if order.group is not None:
+        lead(order.run, endpoint, order.group)
     serve(order.role, order.run, endpoint)
 
 

@@ -11,7 +11,7 @@ class Place(NamedTuple):
     stage: str = "gen"
     """`gen`, `tool`, `score`, or `scored`: its group or the learner is waited for."""
     tools: tuple[str, ...] = ()
-    """Of the last turn's calls that have no result yet, in order."""
+    """The queues of the last turn's calls that have no result yet, in order."""
 
     @property
     def queue(self) -> str:
@@ -20,10 +20,10 @@ class Place(NamedTuple):
 
     def after(self, event: AnyTrajectoryEvent) -> "Place":
         """Where the event leaves it; one that ends it leaves it where it was."""
+        if isinstance(event, Turn | Result) and event.last:
+            return Place("score")
         if isinstance(event, Turn):
-            if event.last:
-                return Place("score")
-            return _with_tools(tuple(call.tool for call in event.calls))
+            return _with_tools(tuple(call.queue for call in event.calls))
         if isinstance(event, Result):
             return _with_tools(self.tools[1:])
         return Place("scored") if isinstance(event, Scored) else self

@@ -1,12 +1,13 @@
 """Looks up every name of a recipe before anything is started: a misspelt one costs a second and not a run."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from actors.data import find_file, load_function
 from actors.errors import RecipeError
-from schemas.recipe import Recipe
+from schemas.recipe import Learner, Recipe
 
 
 def check_names(recipe: Recipe, recipe_dir: str) -> None:
@@ -23,8 +24,17 @@ def check_names(recipe: Recipe, recipe_dir: str) -> None:
     for key, path in (("data.path", recipe.data.path), ("evaluation.path", recipe.evaluation.path)):
         if path and not path.startswith("hf:"):
             find_file(path, key, recipe_dir)
+    _check_ranks(recipe.learner)
     _check_tools(recipe, recipe_dir)
     _check_model(recipe.policy.model, recipe_dir)
+
+
+def _check_ranks(learner: Learner) -> None:
+    if learner.deepspeed and find_spec("deepspeed") is None:
+        key = "learner.ranks" if learner.ranks > 1 else "learner.offload"
+        raise RecipeError("recipe", key, "needs DeepSpeed: pip install deepspeed==0.19.8")
+    if learner.hostfile and not Path(learner.hostfile).is_file():
+        raise RecipeError("recipe", "learner.hostfile", f"no file {learner.hostfile!r}")
 
 
 async def resolve_tools(recipe: Recipe, recipe_dir: str) -> Recipe:
@@ -50,11 +60,11 @@ def _check_tools(recipe: Recipe, recipe_dir: str) -> None:
     from rewards.registry import load_reward
     from tools.errors import ToolError
     from tools.formats import open_format
-    from tools.registry import load_tools
+    from tools.remote import all_tools
 
     key = "tools.use"
     try:
-        tools = load_tools(recipe.tools.use, recipe_dir, recipe.tools.options)
+        tools = all_tools(recipe.tools, recipe_dir)
         key = "tools.tags"
         name = recipe.tools.format
         open_format("hermes" if name == "template" else name, tools, recipe.tools.tags)

@@ -15,9 +15,10 @@ import math
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -30,7 +31,7 @@ from bus.errors import BadMessage, BusError, Conflict, Full, Missing
 from bus.log import Log, open_log
 from bus.subjects import Stage
 from bus.work import Delivery, WorkQueue, open_queue, publish_work
-from schemas.events import Boundary, Opened
+from schemas.events import Boundary, Opened, Started
 from schemas.messages import DeadLetter, RoleName, Work
 from schemas.recipe import Recipe
 from schemas.trajectory import Trajectory, fold
@@ -69,6 +70,18 @@ class Process:
         """`<role>-<host>-<pid>`."""
         return self.vitals.replica
 
+    async def unless_stopping(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Whether the work was done before we were told to stop; it is cancelled otherwise. Raises what it raises."""
+        tasks = [asyncio.ensure_future(work), asyncio.ensure_future(self.stopping.wait())]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        if tasks[0].cancelled():
+            return False
+        tasks[0].result()
+        return True
+
 
 async def opened(run_log: Log) -> Opened | None:
     """The run's newest recipe; None when there is no such run."""
@@ -81,10 +94,13 @@ async def opened(run_log: Log) -> Opened | None:
 
 @asynccontextmanager
 async def join(
-    endpoint: Endpoint, run: str, role: RoleName, stopping: asyncio.Event
+    endpoint: Endpoint, run: str, role: RoleName, stopping: asyncio.Event, pid: int | None = None
 ) -> AsyncIterator[Process]:
-    """Connect, read the run's recipe and give signs of life for as long as the block runs."""
-    vitals = Vitals(run=run, role=role, replica=replica_name(role, os.getpid()))
+    """Connect, read the run's recipe and give signs of life for as long as the block runs.
+
+    `pid`: by which the replica is known, if not this process's own.
+    """
+    vitals = Vitals(run=run, role=role, replica=replica_name(role, pid or os.getpid()))
     async with AsyncExitStack() as stack:
         bus = await stack.enter_async_context(connect(endpoint, vitals.replica))
         # the others would lose a hop, a step; what the dispatcher does not get done it decides anew
@@ -121,27 +137,39 @@ class Hops:
     def __init__(self, process: Process, actor: Actor) -> None:
         self._process = process
         self._actor = actor
+        self._tools: asyncio.Queue[str] = asyncio.Queue()
         self._suspects = asyncio.Lock()
+
+    def add(self, tool: str) -> None:
+        """Serve one more tool's queue."""
+        self._tools.put_nowait(tool)
 
     async def serve(self, tools: Sequence[str], slots: int) -> None:
         """Take hops until the process is stopping; then finish or hand back what is held."""
         process = self._process
         process.vitals.phase = ""
-        async with AsyncExitStack() as stack:
-            queues = [
-                await stack.enter_async_context(
-                    open_queue(process.bus, self._actor.stage, process.run, tool, slots=slots)
-                )
-                for tool in tools
-            ]
-            async with asyncio.TaskGroup() as group:
-                takers = [
-                    group.create_task(self._take(queue)) for queue in queues for _ in range(slots)
-                ]
-                await process.stopping.wait()
-                await self._drain(queues)
-                for taker in takers:
-                    taker.cancel()
+        for tool in tools:
+            self.add(tool)
+        queues: list[WorkQueue] = []
+        takers: list[asyncio.Task[None]] = []
+        async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+
+            async def open_queues() -> None:
+                while True:
+                    tool = await self._tools.get()
+                    opened = open_queue(
+                        process.bus, self._actor.stage, process.run, tool, slots=slots
+                    )
+                    queue = await stack.enter_async_context(opened)
+                    queues.append(queue)
+                    takers.extend(group.create_task(self._take(queue)) for _ in range(slots))
+
+            opener = group.create_task(open_queues())
+            await process.stopping.wait()
+            opener.cancel()
+            await self._drain(queues)
+            for taker in takers:
+                taker.cancel()
 
     async def _drain(self, queues: Sequence[WorkQueue]) -> None:
         self._process.vitals.phase = "draining"
@@ -227,11 +255,20 @@ class Hops:
 
     async def _advance(self, state: Trajectory, work: Work, delivery: Delivery) -> None:
         process = self._process
-        process.vitals.held[state.id, state.seq] = (self._actor.stage, time.monotonic())
+        held = state.id, state.seq
+        process.vitals.held[held] = (self._actor.stage, time.monotonic())
         try:
             event = await self._actor.handle(state)
+            if isinstance(
+                event, Started
+            ):  # who has appended it acts, and no other: it is no hop of its own
+                state = fold(state, event, await process.log.append(event, state.seq))
+                event = await self._actor.handle(state)
         except HopFailed as error:
             await self._failed(state, work, delivery, error)
+            return
+        except Conflict:
+            await self._moved_on(await process.log.trajectory(state.id), delivery)
             return
         except BusError as error:
             code = type(error).__name__.lower()
@@ -244,7 +281,7 @@ class Hops:
             await self._failed(state, work, delivery, crash)
             return
         # from here on it is the log that is waited for: a full disk does not make a replica hang
-        process.vitals.held[state.id, state.seq] = (self._actor.stage, math.inf)
+        process.vitals.held[held] = (self._actor.stage, math.inf)
         try:
             seq = await process.log.append(event, state.seq)
         except Conflict:
@@ -268,7 +305,7 @@ class Hops:
         process = self._process
         failures = work.failures + 1
         log.warning("hop failed", trajectory=state.id, failures=failures, error=str(error))
-        if failures < process.recipe.deadlines.handler_failures:
+        if failures < process.recipe.deadlines.handler_failures and not error.final:
             await asyncio.sleep(_RETRY_DELAY_S * failures)
             await publish_work(process.bus, process.run, state, failures=failures)
         else:

@@ -22,6 +22,7 @@ from schemas.events import (
     Expired,
     Failed,
     Filtered,
+    Finished,
     Paused,
     Resumed,
     Step,
@@ -110,7 +111,7 @@ class Progress:
         if isinstance(event, Turn):
             self._sampled.append((time_s, event.tokens.sampled_count))
 
-    def _count(self, event: Evaluated | Expired | Failed | Dropped) -> None:
+    def _count(self, event: Evaluated | Expired | Failed | Dropped | Finished) -> None:
         if isinstance(event, Failed):
             self._failed[str(event.cause)] += 1
         elif isinstance(event, Evaluated):

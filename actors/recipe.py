@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -31,6 +31,16 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = _convert(tables, str(path))
     _check(recipe, str(path))
     return recipe if recipe.name else msgspec.structs.replace(recipe, name=path.stem)
+
+
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with some keys changed, each as `key=value`. Raises RecipeError."""
+    tables = msgspec.to_builtins(recipe)
+    for override in overrides:
+        _override(tables, override)
+    changed = _convert(tables, "--set")
+    _check(changed, "--set")
+    return changed
 
 
 def tools_without_recipe(overrides: Sequence[str] = ()) -> Tools:
@@ -74,9 +84,10 @@ def _convert(tables: dict[str, Any], where: str) -> Recipe:
 
 def _hint(section: str, name: str) -> str:
     table: Any = Recipe
-    for part in section.split(".") if section else ():
+    for part in section.replace("[...]", "[]").split(".") if section else ():
         fields = {field.name: field.type for field in msgspec.structs.fields(table)}
-        table = fields.get(part, Recipe)
+        table = fields.get(part.removesuffix("[]"), Recipe)
+        table = get_args(table)[-1] if part.endswith("[]") else table
     known = [field.name for field in msgspec.structs.fields(table)]
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"
@@ -139,6 +150,8 @@ def _lines(path: str, table: msgspec.Struct) -> Iterator[str]:
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.structs.asdict(value)
     if isinstance(value, dict):
         pairs = (f"{_toml(key)} = {_toml(item)}" for key, item in value.items())
         return "{" + ", ".join(pairs) + "}"

@@ -26,6 +26,7 @@ from schemas.events import (
     Expired,
     Failed,
     Filtered,
+    Finished,
     Result,
     Scored,
     Started,
@@ -75,6 +76,8 @@ def _closings(stored: Stored) -> list[Closing]:
         ]
     if isinstance(event, Evaluated):
         return [Closing(event.trajectory, "evaluated", seq, time_s)]
+    if isinstance(event, Finished):
+        return [Closing(event.trajectory, "finished", seq, time_s, reason=event.reason)]
     if isinstance(event, Expired):
         return [Closing(event.trajectory, "expired", seq, time_s, reason=event.reason)]
     if isinstance(event, Dropped):
@@ -130,7 +133,9 @@ def _size(stored: Stored) -> int:
     event = stored.event
     if isinstance(event, Turn):
         return 2048 + 13 * len(event.tokens) + len(event.text)
-    return 2048 + len(event.text) if isinstance(event, Result) else 2048
+    if isinstance(event, Result):
+        return 2048 + len(event.text) + len(event.handed_in)
+    return 2048
 
 
 class Cut:

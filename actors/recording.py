@@ -96,18 +96,12 @@ class Recording:
     async def serve(self) -> None:
         """Record whenever the lease is ours, until the run ends or we are told to stop."""
         process = self._process
-        stop: asyncio.Future[Any] = asyncio.ensure_future(process.stopping.wait())
-        while not process.stopping.is_set():
-            process.vitals.phase = "standby"
-            lease = Lease(process.bus, process.run, "recorder", process.replica)
-            acquired = asyncio.ensure_future(lease.acquire())
-            await asyncio.wait({acquired, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if not acquired.done():
-                await _cancel(acquired)
-                return
+        process.vitals.phase = "standby"
+        lease = Lease(process.bus, process.run, "recorder", process.replica)
+        while await process.unless_stopping(lease.acquire()):
             process.vitals.phase = ""
             try:
-                if await self._record_while(lease, stop):
+                if await self._record_while(lease):
                     return
             except OSError as error:
                 # a full disk, or a folder that was taken away: the run goes on, and so do we once we can
@@ -116,27 +110,25 @@ class Recording:
                 await wait(process.stopping, _AGAIN_S)
             finally:
                 await lease.release()
+            process.vitals.phase = "standby"
 
-    async def _record_while(self, lease: Lease, stop: "asyncio.Future[Any]") -> bool:
+    async def _record_while(self, lease: Lease) -> bool:
         """Whether the archive is whole or we were told to stop; False when the lease was lost."""
         process = self._process
         recording = asyncio.ensure_future(
             record(process.log, self._archive, process.replica, process.stopping)
         )
         keeping = asyncio.ensure_future(lease.keep())
+        stop = asyncio.ensure_future(process.stopping.wait())
         tasks: set[asyncio.Future[Any]] = {recording, keeping}
         await asyncio.wait(tasks | {stop}, return_when=asyncio.FIRST_COMPLETED)
         if stop.done():
             drain_s = process.recipe.deadlines.drain_s
             await asyncio.wait(tasks, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in (*tasks, stop):
+            task.cancel()
+        await asyncio.wait(tasks)
         for task in tasks:
-            if not task.done():
-                await _cancel(task)
             if not task.cancelled():
                 task.result()
-        return stop.done() or not recording.cancelled()
-
-
-async def _cancel(task: "asyncio.Future[None]") -> None:
-    task.cancel()
-    await asyncio.wait({task})
+        return process.stopping.is_set() or not recording.cancelled()

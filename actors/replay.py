@@ -10,18 +10,17 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 from msgspec.structs import replace
-from transformers.utils.logging import disable_progress_bar
 
 from actors.actor import HopFailed
 from actors.errors import UserError
 from actors.joining import reach
-from actors.learner import step_metrics
+from actors.learner import NAME, step_metrics
 from actors.process import opened
+from actors.reopening import reopened
 from actors.replaying import (
     Difference,
     Rebuilding,
@@ -31,11 +30,11 @@ from actors.replaying import (
     compare_metrics,
     compare_reward,
     compare_weights,
+    of_several_ranks,
 )
 from actors.run_folder import RunFolder
 from actors.scorer import Scorer
 from actors.training import hold_models, optimize, samples_of
-from bus import policy as policies
 from bus import private
 from bus.connection import Bus
 from bus.log import Log
@@ -48,6 +47,7 @@ from rewards.registry import load_reward
 from schemas.events import Opened, Scored
 from schemas.trajectory import Trajectory
 from tools.errors import ToolError
+from tools.repo import repo
 from tools.sandbox.select import open_sandbox
 
 DIFFERENT = 1
@@ -62,8 +62,11 @@ async def replay(run: str | None, nats_url: str, steps: str) -> int:
         if event is None:
             raise UserError(f"run {log.run!r} has no recipe in its log: it was never begun")
         checkpoint = _checkpoint(RunFolder(log.run), wanted.first)
-        model = await _open_policy(bus, log.run, event, checkpoint)
-        async with _open_rewards(bus, log.run, event) as rewards:
+        async with (
+            reopened(bus, log.run, event.recipe, checkpoint) as model,
+            _open_rewards(bus, log.run, event) as rewards,
+        ):
+            await _hold_models(model, event, checkpoint)
             replaying = Replaying(model, rewards)
             async for recorded in _steps(log, step_of(checkpoint), wanted.last):
                 differences = await replaying.do_again(recorded)
@@ -79,7 +82,7 @@ async def _steps(log: Log, checkpoint_step: int, last: int | None) -> AsyncItera
     """The finished steps after a checkpoint, in order."""
     rebuilding = Rebuilding(checkpoint_step)
     async for stored in log.read():
-        recorded = rebuilding.observe(stored.event, stored.seq, stored.subject.split(".")[3])
+        recorded = rebuilding.observe(stored.event, stored.seq, stored.learner or NAME)
         if recorded is not None:
             yield recorded
             if recorded.stepped.step == last:
@@ -100,26 +103,13 @@ def _checkpoint(folder: RunFolder, first: int) -> Path:
     raise UserError(f"no checkpoint before step {first}: try --steps {later[0] + 1}:")
 
 
-async def _open_policy(bus: Bus, run: str, event: Opened, checkpoint: Path) -> Policy:
-    """The learner as it was at a checkpoint. Raises UserError."""
-    pointer = await policies.current(bus, run)
-    if pointer is None:
-        raise UserError(f"run {run!r} has published no version yet")
-    assets = await policies.load_assets(bus, run, pointer)
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    with TemporaryDirectory(prefix="actors-replay-") as name:
-        folder = Path(name)
-        for file, data in assets.files.items():
-            (folder / file).write_bytes(data)
-        (folder / "model.safetensors").symlink_to((checkpoint / "model.safetensors").absolute())
-        try:
-            model = await asyncio.to_thread(Policy.open, folder, event.recipe, "cpu")
-            await asyncio.to_thread(model.load_checkpoint, checkpoint)
-            run_path = checkpoint.parent.parent
-            await asyncio.to_thread(hold_models, model, event.recipe_dir, run_path)
-        except LearnerError as error:
-            raise UserError(str(error)) from error
-    return model
+async def _hold_models(model: Policy, event: Opened, checkpoint: Path) -> None:
+    """The other models that the recipe's loss asks. Raises UserError."""
+    run_path = checkpoint.parent.parent
+    try:
+        await asyncio.to_thread(hold_models, model, event.recipe_dir, run_path)
+    except LearnerError as error:
+        raise UserError(str(error)) from error
 
 
 class Rewards:
@@ -154,11 +144,13 @@ async def _open_rewards(bus: Bus, run: str, event: Opened) -> AsyncIterator[Rewa
         sandbox = await open_sandbox(recipe.tools.tier, imports=reward.imports)
     except (RewardError, ToolError) as error:
         raise UserError(str(error)) from error
-    scorer = Scorer(reward, load_private, sandbox, "replay")
-    try:
-        yield Rewards(scorer, recipe.scorer.slots, deterministic=reward.deterministic)
-    finally:
-        await scorer.close()
+    tool = repo.configured(dict(recipe.tools.options.get("repo", {})))
+    with tool.repositories(event.recipe_dir) as repositories:
+        scorer = Scorer(reward, load_private, sandbox, "replay", repositories)
+        try:
+            yield Rewards(scorer, recipe.scorer.slots, deterministic=reward.deterministic)
+        finally:
+            await scorer.close()
 
 
 class Replaying:
@@ -187,6 +179,7 @@ class Replaying:
         weights = await asyncio.to_thread(self._model.weights)
         found += compare_weights(stepped, hashlib.sha256(weights).hexdigest())
         self._equal["steps"] += 1
+        self._equal["nearly"] += of_several_ranks(stepped)
         self._equal["metrics"] += len(again.keys() & stepped.metrics.keys())
         if not found:
             click.echo(
@@ -214,8 +207,12 @@ class Replaying:
             return f"nothing to replay: no step was finished after {checkpoint}"
         lines = [
             f"equal: {equal['steps']} steps from {checkpoint}: {equal['batches']} batches, "
-            f"{equal['rewards']} rewards, {equal['metrics']} metrics, {equal['steps']} versions"
+            f"{equal['rewards']} rewards, {equal['metrics']} metrics, {equal['steps'] - equal['nearly']} versions"
         ]
+        if equal["nearly"]:
+            lines.append(
+                f"{equal['nearly']} steps of several ranks: metrics equal to a thousandth, versions not compared"
+            )
         if equal["taken"]:
             lines.append(
                 f"{equal['taken']} rewards taken as recorded: the reward is not deterministic"

@@ -9,13 +9,14 @@ import os
 import signal
 import sys
 import traceback
-from typing import NoReturn
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple, NoReturn
 
 import structlog
 import uvloop
 
 from actors.errors import UserError
-from actors.process import join
+from actors.process import Process, join
 from actors.roles import ROLES
 from bus.connection import Endpoint
 from bus.errors import BusError
@@ -45,28 +46,40 @@ def set_up_logging() -> None:
     )
 
 
-async def run_replica(role: RoleName, run: str, endpoint: Endpoint) -> int:
+async def run_replica(role: RoleName, run: str, endpoint: Endpoint, rank: "Rank | None") -> int:
     """Serve a role until told to stop or the run ends; returns the exit status."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stopping.set)
     loop.add_signal_handler(signal.SIGINT, stopping.set)
-    async with join(endpoint, run, role, stopping) as process:
+    pid = rank.leader if rank else os.getpid()
+    async with join(endpoint, run, role, stopping, pid) as process:
         structlog.contextvars.bind_contextvars(replica=process.replica)
         log.info("started", run=run)
-        await ROLES[role](process)
+        await (rank.serve if rank else ROLES[role])(process)
         log.info("stopped")
         return LOST_LINK if process.bus.closed.is_set() else 0
 
 
-def serve(role: RoleName, run: str, endpoint: Endpoint) -> NoReturn:
+class Rank(NamedTuple):
+    """Of a replica of several processes, the one on the bus."""
+
+    leader: int
+    """The process id by which the replica is known."""
+    serve: Callable[[Process], Awaitable[None]]
+    """The role."""
+    leave: Callable[[], None]
+    """Called last: ends the others."""
+
+
+def serve(role: RoleName, run: str, endpoint: Endpoint, rank: Rank | None = None) -> NoReturn:
     """Be the replica: serve the role, then end the process with its exit status."""
     set_up_logging()
     if hook := os.environ.get(FAULTS_VARIABLE):
         find(hook)(role)
     status = 1
     try:
-        status = uvloop.run(run_replica(role, run, endpoint))
+        status = uvloop.run(run_replica(role, run, endpoint, rank))
     except UserError as error:
         log.error("cannot run", error=str(error))
         status = 2
@@ -80,4 +93,6 @@ def serve(role: RoleName, run: str, endpoint: Endpoint) -> NoReturn:
             traceback.print_exc()
         # threads of libraries may still run, and the interpreter may take seconds to go; all of ours is closed by now
         sys.stderr.flush()
+        if rank:
+            rank.leave()
         os._exit(status)

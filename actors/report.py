@@ -2,6 +2,8 @@
 
 import math
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,18 +81,36 @@ def _write(file: IO[bytes], row: dict[str, Any]) -> None:
 
 def draw(rows: list[dict[str, Any]], evaluations: dict[int, float], path: Path) -> None:
     """The reward by step, with the held-out means."""
+    with new_figure(path) as (axes,):
+        steps = [row["step"] for row in rows]
+        axes.plot(steps, [row["reward_mean"] for row in rows], label="training")
+        if evaluations:
+            axes.plot(list(evaluations), list(evaluations.values()), "o", label="held out, greedy")
+        axes.set(xlabel="step", ylabel="mean reward", ylim=(-0.02, 1.02))
+        axes.legend(loc="lower right")
+
+
+@contextmanager
+def new_figure(path: Path, fields: int = 1) -> Iterator[Sequence[Any]]:
+    """Axes to draw on, two beside each other; the picture is written when the block ends."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
-    axes.plot([row["step"] for row in rows], [row["reward_mean"] for row in rows], label="training")
-    if evaluations:
-        axes.plot(list(evaluations), list(evaluations.values()), "o", label="held out, greedy")
-    axes.set(xlabel="step", ylabel="mean reward", ylim=(-0.02, 1.02))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    columns = min(fields, 2)
+    rows = -(-fields // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(7 * columns, 4 * rows), dpi=120, squeeze=False
+    )
+    axes = list(grid.flat)
+    for unused in axes[fields:]:
+        unused.remove()
+    for each in axes[:fields]:
+        each.grid(alpha=0.3)
+    try:
+        yield axes[:fields]
+        figure.tight_layout()
+        figure.savefig(path)
+    finally:
+        plt.close(figure)

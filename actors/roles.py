@@ -1,6 +1,6 @@
 """How each role is put together: what it loads, and what it is given. In flow order.
 
-dispatcher → generator → toolbox → scorer → learner, recorder
+dispatcher → generator → toolbox → scorer → learner, recorder, gateway
 """
 
 import asyncio
@@ -16,17 +16,20 @@ import structlog
 
 from actors.errors import RecipeError
 from actors.process import Hops, Process
+from actors.weights import Versions
 from bus import policy, private, subjects
 from bus.connection import Message
 from bus.errors import BusError
 from engines.engine import Engine
-from schemas.events import TERMINAL, Scored
+from schemas.events import TERMINAL, AnyEvent, Scored, ToolAdded
 from schemas.messages import RoleName, WeightsPointer
 from schemas.recipe import Recipe
 
-if TYPE_CHECKING:  # both take seconds to import
+if TYPE_CHECKING:  # these take seconds to import
+    from actors.calling import Toolset
+    from actors.generator import Generator
     from engines.chat import Chat
-    from tools.formats import CallFormat
+    from tools.tool import Place, Tool
 
 log = structlog.get_logger()
 
@@ -71,6 +74,7 @@ async def until_stopping(process: Process, source: AsyncIterator[T]) -> AsyncIte
 
 async def serve_generator(process: Process) -> None:
     """Sample turns, following the newest weights."""
+    from actors.calling import run_events
     from actors.generator import Generator, Policies
     from engines.open import open_engine
 
@@ -86,49 +90,65 @@ async def serve_generator(process: Process) -> None:
         def make() -> Engine:
             return open_engine(recipe.generator, recipe.policy, folder, process.recipe_dir)
 
+        versions = Versions(bus, run)
+
         async def open_pinned(version: int) -> Engine:
-            found = await policy.version(bus, run, version)
-            if found is None:
-                raise BusError(f"version {version} of {run} was never published, or is deleted")
-            weights = await policy.load_weights(bus, run, found)
-            return await _open_with(make, weights, version)
+            return await _open_with(make, await versions.exactly(version), version)
 
         process.vitals.phase = "loading the model"
-        pointer, weights = await policy.load_newest(bus, run, pointer)
+        pointer, weights = await versions.newest(pointer)
         policies = Policies(await _open_with(make, weights, pointer.policy_version), open_pinned)
         process.vitals.policy_version = pointer.policy_version
-        chat, formats = _open_chat(recipe, folder, process.recipe_dir)
-        actor = Generator(recipe, policies, chat, formats, process.replica)
-        follower = asyncio.create_task(_follow_policy(process, policies.update))
+        chat, toolset = _open_chat(recipe, folder, process.recipe_dir)
+        events = run_events(process.log)
+        await toolset.catch_up(events)
+        actor = Generator(recipe, policies, chat, toolset.calling, process.replica)
+        followers = {
+            asyncio.create_task(_follow_policy(process, versions, policies.update)),
+            asyncio.create_task(_follow_tools(actor, toolset, events)),
+        }
         try:
             await Hops(process, actor).serve([""], recipe.generator.slots)
         finally:
-            follower.cancel()
-            await asyncio.wait({follower})
+            for follower in followers:
+                follower.cancel()
+            await asyncio.wait(followers)
             await actor.close()
 
 
-def _open_chat(recipe: Recipe, folder: Path, recipe_dir: str) -> "tuple[Chat, CallFormat]":
+async def _follow_tools(
+    actor: "Generator", toolset: "Toolset", events: AsyncIterator[AnyEvent | None]
+) -> None:
+    """Let each turn that ends from now on call the tools that there are."""
+    async for event in events:
+        toolset.take(event)
+        actor.calling = toolset.calling
+
+
+def _open_chat(recipe: Recipe, folder: Path, recipe_dir: str) -> "tuple[Chat, Toolset]":
     """How to speak with the model, and how it calls tools. Raises RecipeError for what its chat template cannot say."""
+    from actors.calling import Toolset
     from engines.chat import Chat
     from engines.errors import ChatError
     from tools.errors import ToolError
     from tools.formats import open_format
-    from tools.registry import load_tools
+    from tools.remote import all_tools
 
     config = recipe.tools
-    tools = load_tools(config.use, recipe_dir, config.options)
+    tools = all_tools(config, recipe_dir)
     try:
         chat = Chat(folder)
         chat.observation_ids([""], recipe.policy.observation_role, ended=False)
-        formats = open_format(config.format, tools, config.tags, chat.write_calls)
+        toolset = Toolset(
+            tools, lambda tools: open_format(config.format, tools, config.tags, chat.write_calls)
+        )
         if "template" in (config.format, config.show) and tools and not chat.shows_tools():
             raise ChatError('the chat template shows no tools: use tools.show = "system"')
     except ChatError as error:
         raise RecipeError("recipe", "policy.model", str(error)) from error
     except ToolError as error:
         raise RecipeError("recipe", "tools.format", error.detail) from error
-    return chat, formats
+    return chat, toolset
 
 
 async def _open_with(make: Callable[[], Engine], weights: bytes, version: int) -> Engine:
@@ -137,12 +157,14 @@ async def _open_with(make: Callable[[], Engine], weights: bytes, version: int) -
     return engine
 
 
-async def _follow_policy(process: Process, update: Callable[[bytes, int], Awaitable[None]]) -> None:
+async def _follow_policy(
+    process: Process, versions: Versions, update: Callable[[bytes, int], Awaitable[None]]
+) -> None:
     """Take each newer version as it comes."""
     async for pointer in policy.follow(process.bus, process.run):
         while pointer.policy_version > process.vitals.policy_version:
             try:
-                pointer, weights = await policy.load_newest(process.bus, process.run, pointer)
+                pointer, weights = await versions.newest(pointer)
                 await update(weights, pointer.policy_version)
                 process.vitals.policy_version = pointer.policy_version
             except BusError as error:
@@ -155,7 +177,9 @@ async def _follow_policy(process: Process, update: Callable[[bytes, int], Awaita
 async def serve_toolbox(process: Process) -> None:
     """Run tool calls."""
     from actors.images import Images, load_image, store_images
+    from actors.routing import Routing
     from actors.toolbox import Toolbox
+    from bus.holders import Holders
     from tools.registry import load_tools, open_tools
     from tools.sandbox.select import open_sandbox
     from tools.tool import Place
@@ -163,21 +187,62 @@ async def serve_toolbox(process: Process) -> None:
     recipe = process.recipe
     tools = load_tools(recipe.tools.use, process.recipe_dir, recipe.tools.options)
     process.vitals.phase = "testing the sandbox"
-    sandbox = await open_sandbox(recipe.tools.tier)
+    sandbox = await open_sandbox(recipe.tools.tier, imports=recipe.toolbox.imports)
     log.info("sandbox", tier=sandbox.tier)
     images = Images(
         partial(store_images, process.bus, process.run),
         partial(load_image, process.bus, process.run),
     )
-    actor = Toolbox(recipe, tools, sandbox, images, process.replica)
+    actor = Routing(
+        recipe,
+        Toolbox(recipe, tools, sandbox, images, process.replica),
+        Holders(process.bus, process.run, process.replica),
+        process.log.trajectory,
+        process.replica,
+    )
     try:
         place = Place(recipe_dir=process.recipe_dir, encoder=open_encoder)
         async with open_tools(tools.values(), place):
-            if any(tool.session for tool in tools.values()):
-                await _close_sessions(process, actor.forget)
-            await Hops(process, actor).serve(list(tools), recipe.toolbox.slots)
+            await _close_sessions(process, actor.forget)
+            hops = Hops(process, actor)
+            follower = asyncio.create_task(_serve_added(process, tools, place, hops))
+            try:
+                await hops.serve(list(tools), recipe.toolbox.slots)
+            finally:
+                follower.cancel()
+                await asyncio.wait({follower})
     finally:
         await actor.close()
+
+
+async def _serve_added(
+    process: Process, tools: "dict[str, Tool]", place: "Place", hops: Hops
+) -> None:
+    """Serve what is added to the run too, each version by its queue, until the process ends.
+
+    What cannot be made here, for whatever reason, fails its calls with that reason, and nothing else.
+    """
+    from actors.adding import load_added
+    from actors.calling import run_events
+    from tools.remote import ShownTool
+
+    async with AsyncExitStack() as stack:
+
+        async def make(event: ToolAdded) -> "Tool":
+            tool = await asyncio.to_thread(load_added, event, process.recipe_dir)
+            await stack.enter_async_context(tool.open(place))
+            return tool
+
+        async for event in run_events(process.log):
+            if isinstance(event, ToolAdded) and event.use and event.queue not in tools:
+                made = asyncio.ensure_future(make(event))
+                await asyncio.wait({made})
+                if error := made.exception():
+                    log.error("tool cannot be made", tool=event.queue, error=repr(error))
+                    tools[event.queue] = ShownTool(event.tool, [], f"cannot be made: {error!r}")
+                else:
+                    tools[event.queue] = made.result()
+                hops.add(event.queue)
 
 
 async def _close_sessions(process: Process, forget: Callable[[str], Awaitable[None]]) -> None:
@@ -202,6 +267,7 @@ async def serve_scorer(process: Process) -> None:
     """Score finished trajectories."""
     from actors.scorer import Scorer
     from rewards.registry import load_reward
+    from tools.repo import repo
     from tools.sandbox.select import open_sandbox
 
     recipe = process.recipe
@@ -214,7 +280,9 @@ async def serve_scorer(process: Process) -> None:
     async with AsyncExitStack() as stack:
         sandbox = await open_sandbox(recipe.tools.tier, imports=getattr(reward, "imports", ()))
         stack.push_async_callback(sandbox.close)
-        actor = Scorer(reward, load_private, sandbox, process.replica)
+        tool = repo.configured(dict(recipe.tools.options.get("repo", {})))
+        repositories = stack.enter_context(tool.repositories(process.recipe_dir))
+        actor = Scorer(reward, load_private, sandbox, process.replica, repositories)
         await Hops(process, actor).serve([""], recipe.scorer.slots)
 
 
@@ -232,11 +300,20 @@ async def serve_recorder(process: Process) -> None:
     await Recording(process).serve()
 
 
+async def serve_gateway(process: Process) -> None:
+    """Answer other trainers' policies over HTTP."""
+    from actors.gateway_http import serve
+
+    await serve(process)
+
+
 def slow_imports(role: RoleName, recipe: Recipe) -> list[str]:
     """The modules of a role that take seconds to import."""
     if role == "generator" and recipe.generator.engine == "transformers":
         return ["engines.transformers_engine"]
-    return ["actors.training"] if role == "learner" else []
+    alone = role == "learner" and not recipe.learner.deepspeed  # ranks are no forks
+    adapters = ["learner.lora"] if recipe.learner.lora.rank else []
+    return ["actors.training", *adapters] if alone else []
 
 
 ROLES: dict[RoleName, Callable[[Process], Awaitable[None]]] = {
@@ -246,4 +323,5 @@ ROLES: dict[RoleName, Callable[[Process], Awaitable[None]]] = {
     "scorer": serve_scorer,
     "learner": serve_learner,
     "recorder": serve_recorder,
+    "gateway": serve_gateway,
 }

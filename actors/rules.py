@@ -1,13 +1,13 @@
 """The rules that the log of every run obeys, by name, and the report that `actors verify` makes of them."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
-from actors.dispatcher import ATTEMPTS
+from actors.live import ATTEMPTS
 
-Fate = Literal["trained", "filtered", "evaluated", "expired", "failed", "dropped"]
-FATES: tuple[Fate, ...] = ("trained", "filtered", "evaluated", "expired", "failed", "dropped")
+Fate = Literal["trained", "filtered", "evaluated", "finished", "expired", "failed", "dropped"]
+FATES: tuple[Fate, ...] = get_args(Fate)
 
 Rule = Literal[
     "never_admitted",

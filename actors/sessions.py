@@ -1,25 +1,20 @@
 """The sessions of a toolbox: a tool that keeps a state has one sandbox session for each trajectory.
 
-A session is a cache of the log: it has run the trajectory's calls of its tool, one after another. Where there is none,
-or it has run another number of calls than have results (another replica ran some, or what it ran last was not
-committed), it is made anew by running those calls again; their effects died with the sandbox that they ran in.
+A session is a cache of the log: it has run the trajectory's calls of its tool, one after another. It stands where the
+log does when the last result that it gave is the last one that the log has. Where there is none, or it stands elsewhere
+(another replica went on, or what it ran last was not committed), it is made anew by running those calls again; their
+effects died with the sandbox that they ran in.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import NamedTuple
 
+from bus.holders import Key
 from schemas.events import Call, Result
 from schemas.trajectory import Trajectory
 from tools.sandbox.sandbox import Limits, Sandbox, Session, SessionKind
-
-
-class Key(NamedTuple):
-    """Whose session it is."""
-
-    trajectory: str
-    tool: str
+from tools.tool import Closes
 
 
 class Kept:
@@ -29,22 +24,35 @@ class Kept:
         self._sandbox = sandbox
         self._limits = limits
         self._session: Session | None = None
-        self.calls = 0
-        """How many it has run."""
+        self._opened: dict[str, Closes] = {}
+        self.last: Result | None = None
+        """What the last call that it ran returned; None while one runs, and when it has run nothing."""
+        self.asked_seq = 0
+        """The log's sequence at which that call was asked for; 0 for one of the log's that was run again."""
+        self.users = 0
         self.one_at_a_time = asyncio.Lock()
 
-    async def open(self, kind: SessionKind) -> Session:
+    async def open(self, kind: SessionKind, limits: Limits | None = None) -> Session:
         """The session, or a new one when it has ended."""
         if self._session is None or not self._session.alive:
-            self._session = await self._sandbox.open_session(kind, self._limits)
+            self._session = await self._sandbox.open_session(kind, limits or self._limits)
         return self._session
+
+    def keep(self, name: str, make: Callable[[], Closes]) -> Closes:
+        """What was made under the name, which is made now if nothing was."""
+        if name not in self._opened:
+            self._opened[name] = make()
+        return self._opened[name]
 
     async def close(self) -> None:
         """End it; it can be opened again, and has run nothing then."""
-        self.calls = 0
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        self.last, self.asked_seq = None, 0
+        session, self._session = self._session, None
+        opened, self._opened = self._opened, {}
+        if session is not None:
+            await session.close()
+        for each in opened.values():
+            await each.close()
 
 
 class Sessions:
@@ -56,31 +64,51 @@ class Sessions:
         self._limit = limit
         self._kept: dict[Key, Kept] = {}
         """The longest unused first."""
+        self.on_closed: Callable[[Key], Awaitable[None]] | None = None
+        """Told of each that is kept no more."""
+
+    def find(self, key: Key) -> Kept | None:
+        """What is kept for a trajectory and a tool."""
+        return self._kept.get(key)
 
     @asynccontextmanager
     async def use(self, key: Key) -> AsyncIterator[Kept]:
         """What is kept for a trajectory and a tool, for one call; closed if that is not carried through."""
         kept = self._kept.pop(key, None) or Kept(self._sandbox, self._limits)
         self._kept[key] = kept
-        async with kept.one_at_a_time:
-            whole = False
-            try:
-                yield kept
-                whole = True
-            finally:
-                if not whole:
-                    await kept.close()
+        kept.users += 1
+        try:
+            async with kept.one_at_a_time:
+                whole = False
+                try:
+                    yield kept
+                    whole = True
+                finally:
+                    if not whole:
+                        await kept.close()
+        finally:
+            kept.users -= 1
+            if not kept.users and self._kept.get(key) is not kept:  # forgotten meanwhile
+                await kept.close()
         await self._make_room()
 
     async def _make_room(self) -> None:
-        resting = [key for key, kept in self._kept.items() if not kept.one_at_a_time.locked()]
+        resting = [key for key, kept in self._kept.items() if not kept.users]
         for key in resting[: max(0, len(resting) - self._limit)]:
-            await self._kept.pop(key).close()
+            await self.drop(key)
+
+    async def drop(self, key: Key) -> None:
+        """Close what is kept, if anything is."""
+        kept = self._kept.pop(key, None)
+        if kept is not None:
+            await kept.close()
+            if self.on_closed:
+                await self.on_closed(key)
 
     async def forget(self, trajectory: str) -> None:
         """The trajectory has ended."""
         for key in [key for key in self._kept if key.trajectory == trajectory]:
-            await self._kept.pop(key).close()
+            await self.drop(key)
 
     async def close(self) -> None:
         """End all."""
@@ -89,7 +117,7 @@ class Sessions:
         self._kept.clear()
 
 
-def committed_calls(state: Trajectory, tool: str) -> Sequence[tuple[Call, Result]]:
-    """The calls of a tool that have results, in the order in which they ran."""
+def committed_calls(state: Trajectory, queue: str) -> Sequence[tuple[Call, Result]]:
+    """The calls of one version of a tool that have results, in the order in which they ran."""
     called = ((state.turns[result.turn].calls[result.call], result) for result in state.results)
-    return [(call, result) for call, result in called if call.tool == tool]
+    return [(call, result) for call, result in called if call.queue == queue]

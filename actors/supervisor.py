@@ -20,6 +20,7 @@ from actors.errors import UserError
 from actors.fleet import Fleet
 from actors.heartbeat import PERIOD_S, STARTING, Vitals, replica_name
 from actors.nursery import Child, Nursery, Order
+from actors.ranks import group_of
 from actors.roles import slow_imports
 from actors.watchdog import SILENT_S, why_hung
 from bus import subjects
@@ -56,10 +57,7 @@ class Supervisor:
         self._logs = logs
         self._recipe = recipe
         self._stopping = asyncio.Event()
-        self._children: dict[Child, RoleName] = {}
-        self._born_s: dict[Child, float] = {}
-        self._hung: dict[Child, str] = {}
-        """Killed by us, and why."""
+        self._children: set[Child] = set()
 
     async def keep(self, role: RoleName, replicas: int) -> None:
         """Keep so many replicas of a role alive until stopped. Raises CrashLoop."""
@@ -87,21 +85,24 @@ class Supervisor:
 
     async def _run_once(self, role: RoleName, path: Path) -> "Death":
         order = Order(
-            role=role, run=self._run, log=str(path), imports=slow_imports(role, self._recipe)
+            role=role,
+            run=self._run,
+            log=str(path),
+            imports=slow_imports(role, self._recipe),
+            group=group_of(self._recipe.learner) if role == "learner" else None,
         )
         try:
             child = await self._nursery.start(order)
         except ConnectionResetError:  # it was killed; the next order starts another
             return Death(-signal.SIGKILL)
-        self._children[child] = role
-        self._born_s[child] = time.monotonic()
+        self._children.add(child)
         try:
             status = await child.wait()
             heard = self.fleet.last(replica_name(role, child.pid), time.monotonic())
             served = heard is not None and heard.beat.phase not in STARTING
-            return Death(status, served, self._hung.pop(child, ""))
+            return Death(status, served, child.hung)
         finally:
-            del self._children[child], self._born_s[child]
+            self._children.remove(child)
 
     async def watch(self, bus: Bus) -> None:
         """Hear the children's signs of life, kill those that hang, and tell of silent ones, until stopped."""
@@ -118,20 +119,21 @@ class Supervisor:
 
     def _kill_hung(self, now_s: float) -> None:
         flows_s = self.fleet.flows_s(now_s)
-        for child, role in self._children.items():
-            heard = self.fleet.last(replica_name(role, child.pid), now_s)
-            up_s = now_s - self._born_s[child]
-            why = why_hung(heard, up_s, flows_s, self._recipe.deadlines)
-            if why and child not in self._hung:
-                log.warning("replica hangs; killing it", role=role, pid=child.pid, why=why)
-                self._hung[child] = f"it hung: {why}"
+        for child in self._children:
+            heard = self.fleet.last(replica_name(child.role, child.pid), now_s)
+            why = why_hung(heard, now_s - child.born_s, flows_s, self._recipe.deadlines)
+            if child.hung and now_s - child.killed_s > self._recipe.deadlines.hang_s:
+                self._nursery.kill()  # it should have told of the death
+            elif why and not child.hung:
+                log.warning("replica hangs; killing it", role=child.role, pid=child.pid, why=why)
+                child.hung, child.killed_s = f"it hung: {why}", now_s
                 child.send_signal(signal.SIGKILL)
 
     def _silent(self, now_s: float) -> list[Stall]:
         """Children whose process is alive and which are not heard of."""
         stalls = []
-        for child, role in self._children.items():
-            replica = replica_name(role, child.pid)
+        for child in self._children:
+            replica = replica_name(child.role, child.pid)
             heard = self.fleet.last(replica, now_s)
             silent_s = min(heard.silent_s, self.fleet.flows_s(now_s)) if heard else 0.0
             if silent_s > SILENT_S:
@@ -150,7 +152,7 @@ class Supervisor:
             )
             if late:
                 self._signal(signal.SIGKILL)
-                await asyncio.wait(late)
+                await asyncio.wait(late, timeout=_KILL_AFTER_S)
         await self._nursery.close()
 
     def _signal(self, number: signal.Signals) -> None:
@@ -190,6 +192,10 @@ _IN_GROUP = re.compile(r" +\| (?=[A-Za-z_])(?!Traceback|ExceptionGroup|BaseExcep
 """A line of an exception group's traceback that names an exception."""
 
 
+_BY_LAUNCHER = re.compile(r"(\S+: )?\[[^]]+\] \[[A-Z]+\] \[\w+\.py:")
+"""A line of DeepSpeed's launcher, which tells that a rank has ended and not why."""
+
+
 def last_error(path: Path, after_byte: int = 0) -> str:
     """The last thing that a replica's log says went wrong."""
     if not path.exists():
@@ -203,6 +209,8 @@ def last_error(path: Path, after_byte: int = 0) -> str:
             continue
         if found := _IN_GROUP.fullmatch(line):
             return found[1]
+        if _BY_LAUNCHER.match(line):
+            continue
         if line and not line.startswith(" "):
             return line
     return "no reason in its log"

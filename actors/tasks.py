@@ -7,9 +7,10 @@
 Whatever was lost on the way to the log is offered again, since only the log says what was admitted.
 """
 
+import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from msgspec import structs
@@ -47,17 +48,35 @@ class Tasks:
         self._repeats: Counter[str] = Counter()
         """How often each task was admitted again, by the name of its first group."""
 
-    def admitted(self, group: str) -> None:
-        """The log shows a new group."""
+    @property
+    def repeating(self) -> bool:
+        """Whether a task waits for being admitted again."""
+        return bool(self._again)
+
+    def marked(self, open_groups: Iterable[str]) -> tuple[int, list[int], dict[str, int]]:
+        """What `resume` takes, where none is repeating: of repeats only those that may be repeated again."""
+        bases = {base_of(group) for group in open_groups}
+        repeats = {base: self._repeats[base] for base in bases if self._repeats[base]}
+        return self._next, sorted(self._lost), repeats
+
+    def resume(self, next_row: int, lost_rows: Iterable[int], repeats: Mapping[str, int]) -> None:
+        """Go on from there."""
+        self._next, self._lost, self._repeats = next_row, set(lost_rows), Counter(repeats)
+
+    def admitted(self, group: str) -> bool:
+        """The log shows a group that holds no slot; False when it had one before, which is over."""
         base, _, repeat = group.partition("r")
         number = int(base[1:])
+        new = number >= self._next or number in self._lost
         self._lost |= set(range(self._next, number))
         self._lost.discard(number)
         self._next = max(self._next, number + 1)
         self._rows_ready.pop(number, None)
         if repeat:
+            new = int(repeat) > self._repeats[base]
             self._repeats[base] = max(self._repeats[base], int(repeat))
             self._again = {old: task for old, task in self._again.items() if base_of(old) != base}
+        return new
 
     def expired(self, group: str, first: Admitted) -> None:
         """The log shows that a group was expired whole; `first` is one of its admissions."""
@@ -99,7 +118,20 @@ class Evaluations:
         every, steps = recipe.evaluation.every_steps, recipe.learner.steps
         self._versions = sorted({0, steps, *(range(0, steps, every) if every else ())})
         """Those not yet admitted whole."""
+        self._whole: set[int] = set()
+        """Those that are."""
         self._admitted: set[str] = set()
+
+    def marked(self) -> tuple[list[int], list[str]]:
+        """What `resume` takes."""
+        self._close()
+        names = {name for version in self._versions for name in self._names(version)}
+        return sorted(self._whole), sorted(names & self._admitted)
+
+    def resume(self, whole: Iterable[int], admitted: Iterable[str]) -> None:
+        """Go on from there."""
+        self._whole, self._admitted = set(whole), set(admitted)
+        self._close()
 
     def admitted(self, group: str) -> None:
         """The log shows an evaluation begun."""
@@ -107,14 +139,19 @@ class Evaluations:
 
     def upcoming(self, policy_version: int) -> Iterator[Task]:
         """What to evaluate now: also versions that went by too fast to be seen."""
-        self._versions = [
-            v for v in self._versions if not self._admitted.issuperset(self._names(v))
-        ]
+        self._close()
         for version in self._versions:
             if version <= policy_version:
                 for name, row in zip(self._names(version), self._rows, strict=True):
                     if name not in self._admitted:
                         yield Task(name, self._template(name, row, version), row.private)
+
+    def _close(self) -> None:
+        """Look which versions are admitted whole."""
+        for version in self._versions:
+            if self._admitted.issuperset(self._names(version)):
+                self._whole.add(version)
+        self._versions = [version for version in self._versions if version not in self._whole]
 
     def _names(self, version: int) -> list[str]:
         return [f"e{version}x{index}" for index in range(len(self._rows))]
@@ -130,6 +167,12 @@ class Evaluations:
             pinned_policy_version=version,
             temperature=self._temperature,
         )
+
+
+def place_seed(seed: int, group: str, member: int, attempt: int) -> int:
+    """A trajectory's seed, derived from its place."""
+    place = f"{seed}.{group}.{member}.{attempt}".encode()
+    return int.from_bytes(hashlib.sha256(place).digest()[:8], "little") >> 1
 
 
 def base_of(group: str) -> str:

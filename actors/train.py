@@ -6,11 +6,12 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from actors.errors import UserError
+from actors.learner import is_shadow
 from actors.preflight import check_names, resolve_tools
 from actors.process import opened
 from actors.progress import Progress
@@ -51,17 +52,43 @@ async def train(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
+    async with begin(recipe, recipe_dir, folder, nats_url, log_limit_bytes) as begun:
+        run_ = Run(recipe, run, folder, begun.endpoint, console)
+        return await run_.supervise(begun.bus, begun.log, begun.after, stop)
+
+
+class Begun(NamedTuple):
+    """A run that can be joined."""
+
+    endpoint: Endpoint
+    bus: Bus
+    log: Log
+    after: int
+    """The last sequence of what went before."""
+
+
+@asynccontextmanager
+async def begin(
+    recipe: Recipe,
+    recipe_dir: str,
+    folder: RunFolder,
+    nats_url: str,
+    log_limit_bytes: int | None = None,
+) -> AsyncIterator[Begun]:
+    """Begin a run, or go on with it: its server, its streams, its recipe in the log, its address in its folder.
+
+    Raises UserError for a run that has ended.
+    """
     async with AsyncExitStack() as stack:
         endpoint = await stack.enter_async_context(_server(folder, nats_url))
-        bus = await stack.enter_async_context(connect(endpoint, f"supervisor {run}"))
-        run_log = await stack.enter_async_context(open_log(bus, run))
-        await provision(bus, run, recipe.tools.names, log_limit_bytes=log_limit_bytes)
+        bus = await stack.enter_async_context(connect(endpoint, f"supervisor {folder.run}"))
+        run_log = await stack.enter_async_context(open_log(bus, folder.run))
+        await provision(bus, folder.run, recipe.tools.names, log_limit_bytes=log_limit_bytes)
         after = await _open(run_log, recipe, recipe_dir)
         (folder.path / "recipe.toml").write_text(to_toml(recipe))
         folder.write_endpoint(endpoint)
         stack.callback(folder.remove_endpoint)
-        run_ = Run(recipe, run, folder, endpoint, console)
-        return await run_.supervise(bus, run_log, after, stop)
+        yield Begun(endpoint, bus, run_log, after)
 
 
 @asynccontextmanager
@@ -127,6 +154,7 @@ class Run:
             "dispatcher": 1,
             "toolbox": replicas.toolbox,
             "scorer": replicas.scorer,
+            "gateway": replicas.gateway,
             "recorder": replicas.recorder,
             "generator": replicas.generator,
             "learner": 1,
@@ -184,6 +212,8 @@ class Run:
         async for found in run_log.follow():
             progress.see(self._supervisor.fleet.alive(), time.monotonic())
             for stored in found:
+                if is_shadow(stored.learner):
+                    continue
                 self._report.observe(stored)
                 progress.observe(stored, live=stored.seq > after)
                 if isinstance(stored.event, Ended):

@@ -10,45 +10,60 @@ import asyncio
 import hashlib
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 import torch
+from msgspec.structs import replace
 
 from actors.cleaning import OldWeights
 from actors.data import load_function
 from actors.errors import RecipeError
-from actors.learner import NAME, Batch, Planner, step_metrics
+from actors.learner import LOG_PLACE, NAME, Batch, LogPlace, Planner, is_shadow, step_metrics
 from actors.process import Process
 from actors.run_folder import RunFolder
+from actors.scores import Scores
 from bus import policy, subjects
 from engines.chat import Chat
-from learner.checkpoints import checkpoint_path, latest_checkpoint, prune_checkpoints
+from learner.checkpoints import CheckpointWriter, latest_checkpoint
 from learner.policy import Policy
 from learner.samples import Sample, batch_sha256, sample_of
 from learner.supervised import cold_start
 from schemas.events import AnyLearnerEvent, Ended, Step, Stepped, Warmed
 from schemas.messages import WeightsPointer
+from schemas.recipe import Lora, Recipe
 
 log = structlog.get_logger()
 
-_CHECKPOINTS_KEPT = 2
-_REFERENCE = "reference"
+REFERENCE = "reference"
 """Where version 0 stays in a run's folder, if the loss compares with it."""
+_BASE = "base"
+"""Where the result of the cold start stays, if adapters are trained on it."""
 _POLL_S = 0.05
 
 
 class Training:
     """One learner process."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(
+        self, process: Process, open_policy: Callable[[Path, Recipe], Policy] = Policy.open
+    ) -> None:
         self._process = process
+        self._open = open_policy
         self._recipe = process.recipe
         self._folder = RunFolder(process.run)
         self._policy: Policy
         self._planner: Planner
-        self._assets = ""
+        self._base = self._folder.path / _BASE
+        learner = process.recipe.learner
+        self._checkpoints = CheckpointWriter(
+            self._folder.checkpoints, learner.checkpoints_kept, learner.best_checkpoints_kept
+        )
+        self._scores = Scores()
+        self._assets = self._base_sha256 = ""
         self._version = -1
         """What the policy in memory is."""
         self._published = -1
@@ -61,26 +76,41 @@ class Training:
         process = self._process
         process.vitals.phase = "loading the model"
         torch.set_num_threads(self._recipe.learner.threads)
+        checkpoint = latest_checkpoint(self._folder.checkpoints)
         source = await asyncio.to_thread(self._model_folder)
-        self._policy = await asyncio.to_thread(Policy.open, source, self._recipe)
+        cold = checkpoint is None and source != self._base and self._recipe.cold_start.steps
+        recipe = _without_adapters(self._recipe) if cold else self._recipe
+        self._policy = await asyncio.to_thread(self._open, source, recipe)
         self._assets = await policy.publish_assets(process.bus, process.run, self._policy.assets())
         pointer = await policy.current(process.bus, process.run)
         self._published = pointer.policy_version if pointer else -1
-        checkpoint = latest_checkpoint(self._folder.checkpoints)
         step = 0
         if checkpoint is not None:
             step = await asyncio.to_thread(self._policy.load_checkpoint, checkpoint)
-        elif not await self._cold_start():
+        elif cold and not await self._cold_start():
             return
+        else:
+            await self._keep_version_0()
         await asyncio.to_thread(hold_models, self._policy, process.recipe_dir, self._folder.path)
+        if adapters := self._policy.adapters:
+            base = await asyncio.to_thread(adapters.base)
+            self._base_sha256 = await policy.publish_base(process.bus, process.run, base)
         weights = self._policy.weights()
         await self._publish(step, weights, hashlib.sha256(weights).hexdigest())
         process.vitals.phase = "waiting for groups"
-        self._planner = Planner(self._recipe, step, process.replica)
-        await self._train()
+        place = _place_of(checkpoint)
+        self._read_seq = place.read_seq
+        self._planner = Planner(self._recipe, step, process.replica, place.learner_seq)
+        await self._read_scores()
+        try:
+            await self._train()
+        finally:
+            await asyncio.to_thread(self._checkpoints.wait)
 
     def _model_folder(self) -> Path:
         """The Hugging Face folder to start from; a model source writes it once per run."""
+        if self._base.is_dir():
+            return self._base
         name = self._recipe.policy.model
         for folder in (Path(self._process.recipe_dir, name), Path(name)):
             if folder.is_dir():
@@ -104,39 +134,50 @@ class Training:
     async def _cold_start(self) -> bool:
         """Supervised fine-tuning; its result is version 0. False when told to stop in the middle."""
         config, vitals = self._recipe.cold_start, self._process.vitals
-        if config.steps:
-            vitals.phase = f"cold start 0/{config.steps}"
-            make = load_function(
-                config.demonstrations, "cold_start.demonstrations", self._process.recipe_dir
+        vitals.phase = f"cold start 0/{config.steps}"
+        make = load_function(
+            config.demonstrations, "cold_start.demonstrations", self._process.recipe_dir
+        )
+        chat = Chat(self._policy.folder)
+        rows = cold_start(self._policy, make(self._recipe.seed), self._recipe, chat)
+        seq = 0
+        async for stored in self._process.log.read(subjects.learner(self._process.run, NAME)):
+            seq = stored.seq
+        while (row := await asyncio.to_thread(next, rows, None)) is not None:
+            step = int(row["step"])
+            vitals.phase = f"cold start {step}/{config.steps}"
+            event = Warmed(
+                replica=self._process.replica, step=step, steps=config.steps, metrics=row
             )
-            chat = Chat(self._policy.folder)
-            rows = cold_start(self._policy, make(self._recipe.seed), self._recipe, chat)
-            seq = 0
-            async for stored in self._process.log.read(subjects.learner(self._process.run, NAME)):
-                seq = stored.seq
-            while (row := await asyncio.to_thread(next, rows, None)) is not None:
-                step = int(row["step"])
-                vitals.phase = f"cold start {step}/{config.steps}"
-                event = Warmed(
-                    replica=self._process.replica, step=step, steps=config.steps, metrics=row
-                )
-                seq = await self._process.log.append_learner(NAME, event, seq)
-                if self._process.stopping.is_set():
-                    return False
-        if self._recipe.learner.kl.coefficient and not self._recipe.learner.kl.reference:
-            await asyncio.to_thread(self._policy.export, self._folder.path / _REFERENCE)
-        await self._checkpoint(0)
+            seq = await self._process.log.append_learner(NAME, event, seq)
+            if self._process.stopping.is_set():
+                return False
+        if self._recipe.learner.lora.rank:
+            await asyncio.to_thread(self._policy.export, self._base)
+            self._policy = await asyncio.to_thread(self._open, self._base, self._recipe)
         return True
+
+    async def _keep_version_0(self) -> None:
+        """Keep what the loss compares with, if that is version 0, and what every replay begins with."""
+        learner = self._recipe.learner
+        if learner.kl.coefficient and not (learner.kl.reference or learner.lora.rank):
+            await asyncio.to_thread(self._policy.export, self._folder.path / REFERENCE)
+        await self._checkpoint(0)
+        await asyncio.to_thread(self._checkpoints.wait)
 
     # -- versions 1, 2, … --------------------------------------------------------------------------
 
     async def _train(self) -> None:
         barriers = self._recipe.asynchrony.barriers  # all wait then for what is filtered here
         hint = subjects.trajectory(self._process.run, "*", "scored") if barriers else ""
-        async for found in self._process.log.follow(poll_s=_POLL_S, hint=hint):
+        async for found in self._process.log.follow(self._read_seq, poll_s=_POLL_S, hint=hint):
             for stored in found:
+                self._read_seq = stored.seq
+                if is_shadow(stored.learner):
+                    continue
                 self._planner.observe(stored.event, stored.seq, stored.time_s)
-                self._old_weights.observe(stored.event)
+                self._old_weights.observe(stored.event, stored.seq)
+                self._scores.observe(stored.event)
                 if isinstance(stored.event, Ended):
                     await self._finish()
                     return
@@ -144,6 +185,17 @@ class Training:
                 await self._step()
             if self._process.stopping.is_set():
                 return
+
+    async def _read_scores(self) -> None:
+        """Of the part of the log that is not read again."""
+        run_log = self._process.log
+        for subject in (
+            subjects.learner(run_log.run, NAME, "stepped"),
+            subjects.trajectory(run_log.run, "*", "evaluated"),
+        ):
+            async for stored in run_log.read(subject):
+                if stored.seq <= self._read_seq:
+                    self._scores.observe(stored.event)
 
     async def _step(self) -> None:
         """Train what can be trained now. Called at the end of what is stored."""
@@ -231,15 +283,23 @@ class Training:
             policy_version=version,
             weights_sha256=sha256,
             assets_sha256=self._assets,
+            base_sha256=self._base_sha256,
         )
         await policy.publish_policy(self._process.bus, self._process.run, pointer, weights)
         self._published = version
 
     async def _checkpoint(self, step: int) -> None:
-        folder = self._folder.checkpoints
-        path = checkpoint_path(folder, step)
-        await asyncio.to_thread(self._policy.save_checkpoint, path, step)
-        prune_checkpoints(folder, _CHECKPOINTS_KEPT)
+        """Take a snapshot; it is written while training goes on."""
+        snapshot = await asyncio.to_thread(lambda: list(self._policy.checkpoint_files(step)))
+        if step:
+            read_seq = min(
+                self._planner.needed_from(self._read_seq),
+                self._old_weights.needed_from(self._read_seq),
+            )
+            place = LogPlace(read_seq, self._planner.seq)
+            snapshot.append((LOG_PLACE, msgspec.json.encode(place)))
+        scores = self._scores.by_step(self._recipe.learner)
+        await asyncio.to_thread(self._checkpoints.write, step, snapshot, scores)
 
     async def _finish(self) -> None:
         """Leave the trained model as an ordinary Hugging Face folder."""
@@ -247,14 +307,27 @@ class Training:
         await asyncio.to_thread(self._policy.export, self._folder.path / "checkpoint")
 
 
+def _place_of(checkpoint: Path | None) -> LogPlace:
+    path = checkpoint and checkpoint / LOG_PLACE
+    if path and path.exists():
+        return msgspec.json.decode(path.read_bytes(), type=LogPlace)
+    return LogPlace()
+
+
 def hold_models(policy: Policy, recipe_dir: str, run_path: Path) -> None:
     """Load the other models that the recipe's loss asks; a name is a folder or a hub's. Raises UnsupportedModel."""
     learner = policy.config.learner
-    if learner.kl.coefficient:
-        name = learner.kl.reference
-        policy.hold_reference(_named(name, recipe_dir) if name else run_path / _REFERENCE)
+    if learner.kl.reference:
+        policy.hold_reference(_named(learner.kl.reference, recipe_dir))
+    elif learner.kl.coefficient and not policy.adapters:  # without its adapters it is version 0
+        policy.hold_reference(run_path / REFERENCE)
     if learner.teacher.folder:
         policy.hold_teacher(_named(learner.teacher.folder, recipe_dir))
+
+
+def _without_adapters(recipe: Recipe) -> Recipe:
+    """The cold start trains all weights."""
+    return replace(recipe, learner=replace(recipe.learner, lora=Lora()))
 
 
 def _named(name: str, recipe_dir: str) -> Path:

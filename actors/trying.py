@@ -15,6 +15,7 @@ from schemas.recipe import Tools
 from tools.errors import ToolError
 from tools.observation import shorten_observation
 from tools.registry import load_tools, open_tools, resolve_options, tool_names
+from tools.remote import remote_tools
 from tools.sandbox.sandbox import Limits
 from tools.sandbox.select import open_sandbox
 from tools.tool import Context, Place, Tool
@@ -23,7 +24,8 @@ from tools.tool import Context, Place, Tool
 async def list_tools(recipe_path: Path | None, sets: tuple[str, ...]) -> None:
     """One line for each function: of the tools that have names, or of a recipe's."""
     config, recipe_dir = _config(recipe_path, sets)
-    tools = await _load(config, recipe_dir, config.use or tool_names())
+    names = config.use if config.names else tool_names()
+    tools = [*await _load(config, recipe_dir, names), *remote_tools(config.remote).values()]
     width = max((len(function.name) for tool in tools for function in tool.functions), default=0)
     for tool in tools:
         for function in tool.functions:

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from actors.learner import is_shadow
 from actors.watchdog import known_stalls, without_dispatcher
 from bus.log import Stored
 from schemas.events import (
@@ -15,11 +16,14 @@ from schemas.events import (
     Expired,
     Failed,
     Filtered,
+    Joined,
     Result,
     Scored,
     Step,
     Stepped,
     StoredImage,
+    ToolAdded,
+    ToolRemoved,
     TrajectoryEvent,
     Turn,
     Warmed,
@@ -48,6 +52,8 @@ def event_json(stored: Stored) -> str:
         for name, value in msgspec.structs.asdict(stored.event).items()
     }
     head = {"seq": stored.seq, "time_s": stored.time_s, "kind": stored.event.kind}
+    if stored.learner:
+        head["learner"] = stored.learner
     return msgspec.json.encode(head | event).decode()
 
 
@@ -55,7 +61,8 @@ def event_line(stored: Stored) -> str:
     """One event as one line."""
     event = stored.event
     time = datetime.fromtimestamp(stored.time_s, UTC).strftime("%H:%M:%S.%f")[:-3]
-    subject = event.trajectory if isinstance(event, TrajectoryEvent) else ""
+    shadow = stored.learner if is_shadow(stored.learner) else ""
+    subject = event.trajectory if isinstance(event, TrajectoryEvent) else shadow
     return f"{time}  {event.kind:<9} {subject:<14} {_gist(event)}"
 
 
@@ -82,8 +89,14 @@ def _gist(event: Any) -> str:  # noqa: C901 - one short case for each kind
         return f"{event.step} begins with {len(event.trajectories)} trajectories"
     if isinstance(event, Stepped):
         return f"{event.step} made version {event.policy_version}, loss {event.metrics.get('loss', 0):+.4f}"
+    if isinstance(event, Joined):
+        return ", ".join(event.overrides)
     if isinstance(event, Warmed):
         return f"{event.step}/{event.steps} loss {event.metrics.get('loss', 0):.3f}"
+    if isinstance(event, ToolAdded):
+        return event.queue
+    if isinstance(event, ToolRemoved):
+        return event.tool
     return getattr(event, "reason", "")
 
 
@@ -118,7 +131,7 @@ def trajectory_text(state: Trajectory) -> str:
         )
         lines += _block(head, turn.text)
         for number, call in enumerate(turn.calls):
-            lines += _block(f"call {index}.{number}   {call.tool}", str(call.arguments))
+            lines += _block(f"call {index}.{number}   {call.queue}", str(call.arguments))
             for result in state.results_of(index):
                 if result.call == number:
                     status = "ok" if result.ok else "error"
@@ -126,6 +139,8 @@ def trajectory_text(state: Trajectory) -> str:
                     head = f"result {index}.{number}   {status}   {cost}"
                     lines += _block(head, result.text)
                     lines += [f"   {image_text(image)}" for image in result.images]
+                    patch = result.handed_in.decode(errors="replace")
+                    lines += _block("handed in", patch) if patch else []
         if turn.feedback:
             lines += _block("feedback", turn.feedback)
     if state.scored:

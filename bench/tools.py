@@ -1,10 +1,10 @@
-"""What running code costs: calls and sessions of the `ns` sandbox, beside `python -c` and another tool server.
+"""What running code costs, end to end over the bus, beside `python -c` and another tool server.
 
-Every call prints a sum and is checked. Rates and percentiles are of whole calls, from the caller's code to its output
-in hand; processor time is of this process and all its children. The peer is any server with VerlTool's
-`POST /get_observation`, which is given the same program.
+Calls are those of bench/toolbox.py: a real nats-server and a real toolbox process. Every call's answer is checked.
+Processor time is of all processes, this one included. The peer is any server with VerlTool's `POST /get_observation`;
+it is given the same program.
 
-    python -m bench.tools [--calls N] [--sessions N] [--url http://localhost:5500/get_observation]
+    python -m bench.tools [--calls N] [--sessions N] [--slow N] [--url http://localhost:5500/get_observation]
 """
 
 import argparse
@@ -14,25 +14,36 @@ import sys
 import time
 import urllib.request
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any, NamedTuple
 
 import psutil
 import uvloop
 
-from tools.function import FunctionTool
-from tools.sandbox.ns import NamespaceSandbox
-from tools.sandbox.sandbox import Limits, Session, SessionKind
+from bench.toolbox import Answer, Generator, start_toolbox
+from schemas.events import Call
+from tools.sandbox import watch
 from tools.tool import Context
 
 CALLERS = (1, 8, 64)
 PROGRAM = "print(sum(range(1000)))"
 SCRIPT = "s=0; for i in {0..99}; do s=$((s + i)); done; echo $s"
-ANSWER, SCRIPT_ANSWER = b"499500\n", b"4950\n"
+ANSWER, SCRIPT_ANSWER = "499500", "4950"
 LIBRARIES = ("numpy", "sympy")
+_MOST_CELLS = 50
+"""Of one session: the state of its trajectory travels with each call."""
 
-Call = Callable[[int], Awaitable[bytes]]
-"""One call of the caller with this number; the output."""
+Ask = Callable[[int], Awaitable[Answer]]
+"""One call of the caller with this number."""
+
+
+async def nothing(_: Context, text: str) -> str:
+    """A tool that does nothing: what is left is the way there and back."""
+    return text
+
+
+NOTHING = Call(tool="nothing", arguments={"text": "x"})
 
 
 class Measured(NamedTuple):
@@ -43,34 +54,37 @@ class Measured(NamedTuple):
     per_s: float
     p50_ms: float
     p99_ms: float
+    overhead_ms: float
+    """Median of what is not the tool's own work."""
     cpu_ms: float
     """Of each call."""
 
 
-async def measure(kind: str, callers: int, calls: int, call: Call, expected: bytes) -> Measured:
+async def measure(kind: str, callers: int, calls: int, ask: Ask, expected: str) -> Measured:
     """So many calls, divided among the callers."""
-    times_s: list[float] = []
+    answers: list[Answer] = []
 
     async def caller(number: int) -> None:
         for _ in range(max(1, calls // callers)):
-            begun = time.perf_counter()
-            output = await call(number)
-            times_s.append(time.perf_counter() - begun)
-            if output != expected:
-                raise SystemExit(f"{kind}: {output!r} is not {expected!r}")
+            answer = await ask(number)
+            answers.append(answer)
+            if answer.text != expected:
+                raise SystemExit(f"{kind}: {answer.text!r} is not {expected!r}")
 
     cpu_before_s = cpu_s()
     begun = time.perf_counter()
     await asyncio.gather(*[caller(number) for number in range(callers)])
     took_s = time.perf_counter() - begun
-    times_s.sort()
+    cpu_ms = (cpu_s() - cpu_before_s) / len(answers) * 1e3
+    times_s = sorted(answer.took_s for answer in answers)
     return Measured(
         kind=kind,
         callers=callers,
-        per_s=len(times_s) / took_s,
+        per_s=len(answers) / took_s,
         p50_ms=median(times_s) * 1e3,
         p99_ms=times_s[int(len(times_s) * 0.99)] * 1e3,
-        cpu_ms=(cpu_s() - cpu_before_s) / len(times_s) * 1e3,
+        overhead_ms=median(answer.took_s - answer.tool_s for answer in answers) * 1e3,
+        cpu_ms=cpu_ms,
     )
 
 
@@ -86,174 +100,205 @@ def cpu_s() -> float:
     return float(total)
 
 
-async def stateless(imports: tuple[str, ...], calls: int) -> list[Measured]:
-    sandbox = NamespaceSandbox(imports)
-    kind = f"call, {'+'.join(imports)} ready" if imports else "call"
-
-    async def call(_: int) -> bytes:
-        return (await sandbox.run(PROGRAM)).output
-
-    try:
-        await call(0)
-        return [await measure(kind, callers, calls, call, ANSWER) for callers in CALLERS]
-    finally:
-        await sandbox.close()
+# -- ours ------------------------------------------------------------------------------------------
 
 
-async def in_sessions(calls: int) -> list[Measured]:
-    sandbox = NamespaceSandbox()
+async def stateless(
+    kind: str, generator: Generator, call: Call, calls: int, expected: str
+) -> list[Measured]:
+    """Each call in a trajectory of its own, written down before the clock starts."""
     rows = []
-    kinds: dict[SessionKind, tuple[str, bytes]] = {
-        "python": (PROGRAM, ANSWER),
-        "bash": (SCRIPT, SCRIPT_ANSWER),
-    }
-    try:
-        for kind, (text, expected) in kinds.items():
-            for callers in CALLERS:
-                sessions: list[Session] = [await sandbox.open_session(kind) for _ in range(callers)]
+    for callers in CALLERS:
+        states = await generator.begin_many(call, max(calls, callers))
 
-                async def call(
-                    number: int, own: list[Session] = sessions, text: str = text
-                ) -> bytes:
-                    return (await own[number].run(text)).output
+        async def ask(_: int, states: list[Any] = states) -> Answer:
+            return (await generator.ask(states.pop()))[1]
 
-                rows.append(await measure(f"{kind} session", callers, calls * 5, call, expected))
-                for session in sessions:
-                    await session.close()
-    finally:
-        await sandbox.close()
+        rows.append(await measure(kind, callers, len(states), ask, expected))
+    return rows
+
+
+async def in_sessions(
+    kind: str, generator: Generator, call: Call, calls: int, expected: str
+) -> list[Measured]:
+    """Each caller in a session of its own that is open already; a turn is written down between two calls."""
+    rows = []
+    for callers in CALLERS:
+        states = await generator.begin_many(call, callers)
+        for number, state in enumerate(states):
+            states[number], _ = await generator.ask(state)
+
+        async def ask(number: int, states: list[Any] = states) -> Answer:
+            state = await generator.turn(states[number], call)
+            states[number], answer = await generator.ask(state)
+            return answer
+
+        cells = min(calls, _MOST_CELLS * callers)
+        rows.append(await measure(kind, callers, cells, ask, expected))
     return rows
 
 
 async def idle_mb(count: int) -> float:
-    """Megabytes of each idle Python session; what they share with the server counts once, among all."""
-    sandbox = NamespaceSandbox()
-    try:
-        sessions = [await sandbox.open_session("python") for _ in range(count)]
-        for session in sessions:
-            await session.run("x = 1")
-        own = [await session.memory_bytes() for session in sessions[:: max(1, count // 20)]]
-        for session in sessions:
-            await session.close()
-    finally:
-        await sandbox.close()
-    return median(own) / 1e6
+    """Megabytes that each idle Python session adds to all processes; memory that n share counts 1/n."""
+    async with start_toolbox(["python_session"]) as generator:
+        call = Call(tool="python_session", arguments={"code": "x = 1"})
+        (first,) = await generator.begin_many(call, 1)
+        await generator.ask(first)
+        before = memory_bytes()
+        states = await generator.begin_many(call, count)
+        slots = asyncio.Semaphore(CALLERS[-1])
+
+        async def open_one(state: Any) -> None:
+            async with slots:
+                await generator.ask(state)
+
+        await asyncio.gather(*map(open_one, states))
+        return (memory_bytes() - before) / count / 1e6
+
+
+def memory_bytes() -> int:
+    """Of all that this process has started."""
+    children = psutil.Process().children(recursive=True)
+    return watch.proportional_bytes([child.pid for child in children])
 
 
 async def slow_calls(count: int) -> float:
     """Seconds that so many calls take together which sleep for one second each."""
-    sandbox = NamespaceSandbox()
-    limits = Limits(wall_s=60.0)
-    try:
-        await sandbox.run("1")
-        begun = time.perf_counter()
+    async with start_toolbox(["python"], slots=count) as generator:
         code = "import time\ntime.sleep(1)\nprint(1)"
-        outcomes = await asyncio.gather(*[sandbox.run(code, limits=limits) for _ in range(count)])
+        call = Call(tool="python", arguments={"code": code})
+        first, *states = await generator.begin_many(call, count + 1)
+        await generator.ask(first)
+        begun = time.perf_counter()
+        answers = await asyncio.gather(*map(generator.ask, states))
         took_s = time.perf_counter() - begun
-    finally:
-        await sandbox.close()
-    wrong = sum(outcome.output != b"1\n" for outcome in outcomes)
+    wrong = sum(answer.text != "1" for _, answer in answers)
     if wrong:
         raise SystemExit(f"{wrong} of {count} slow calls went wrong")
     return took_s
 
 
+async def ours(calls: int) -> list[Measured]:
+    """Every kind of call."""
+    python = Call(tool="python", arguments={"code": PROGRAM})
+    cell = Call(tool="python_session", arguments={"code": PROGRAM})
+    script = Call(tool="bash", arguments={"command": SCRIPT})
+    tools = ["bench.tools:nothing", "python", "python_session", "bash"]
+    async with start_toolbox(tools) as generator:
+        for warm_up in (NOTHING, python):
+            await generator.ask(await generator.begin(warm_up))
+        rows = await stateless("no-op", generator, NOTHING, calls * 4, "x")
+        rows += await stateless("python", generator, python, calls, ANSWER)
+        rows += await in_sessions("python session", generator, cell, calls, ANSWER)
+        rows += await in_sessions("bash session", generator, script, calls, SCRIPT_ANSWER)
+    async with start_toolbox(["python"], imports=LIBRARIES) as generator:
+        await generator.ask(await generator.begin(python))
+        kind = f"python, {'+'.join(LIBRARIES)} ready"
+        rows += await stateless(kind, generator, python, calls, ANSWER)
+    return rows
+
+
+# -- peers -----------------------------------------------------------------------------------------
+
+
 async def subprocesses(calls: int) -> list[Measured]:
-    async def call(_: int) -> bytes:
+    """A plain interpreter for each call, without any isolation."""
+
+    async def ask(_: int) -> Answer:
+        begun = time.perf_counter()
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-I", "-c", PROGRAM, stdout=asyncio.subprocess.PIPE
         )
         output, _err = await process.communicate()
-        return output
+        return Answer(output.decode().strip(), time.perf_counter() - begun, 0.0)
 
-    return [await measure("python -c", callers, calls, call, ANSWER) for callers in CALLERS[:2]]
+    return [await measure("python -c", callers, calls, ask, ANSWER) for callers in CALLERS]
 
 
 async def peer(url: str, calls: int) -> list[Measured]:
-    def post(number: int) -> bytes:
+    """Another tool server, one call a request."""
+
+    def post() -> Answer:
         body = {
-            "trajectory_ids": [f"bench-{number}-{time.monotonic_ns()}"],
+            "trajectory_ids": [f"bench-{time.monotonic_ns()}"],
             "actions": [f"<python>{PROGRAM}</python>"],
             "extra_fields": [{}],
         }
         request = urllib.request.Request(
             url, json.dumps(body).encode(), {"content-type": "application/json"}
         )
+        begun = time.perf_counter()
         with urllib.request.urlopen(request, timeout=60) as response:
             observation: Any = json.load(response)["observations"][0]
+        took_s = time.perf_counter() - begun
         text = observation if isinstance(observation, str) else observation["obs"]
-        return ANSWER if ANSWER.decode().strip() in text else text.encode()
+        return Answer(ANSWER if ANSWER in text else text, took_s, 0.0)
 
-    async def call(number: int) -> bytes:
-        return await asyncio.to_thread(post, number)
+    async def ask(_: int) -> Answer:
+        return await asyncio.to_thread(post)
 
-    return [await measure("peer", callers, calls, call, ANSWER) for callers in CALLERS[:2]]
+    return [await measure("peer", callers, calls, ask, ANSWER) for callers in CALLERS]
 
 
-async def no_op(calls: int) -> list[Measured]:
-    async def nothing(_: Context, text: str) -> str:
-        """Nothing."""
-        return text
-
-    tool = FunctionTool(nothing)
-    sandbox = NamespaceSandbox()
-    context = Context(run=sandbox.run, limits=Limits(), task={})
-
-    async def call(_: int) -> bytes:
-        return (await tool(context, {"text": "x"})).text.encode()
-
-    return [await measure("no-op tool", callers, calls * 20, call, b"x") for callers in CALLERS]
+# -- the whole -------------------------------------------------------------------------------------
 
 
 async def run(calls: int, sessions: int, slow: int, url: str) -> None:
-    rows = await no_op(calls)
-    rows += await stateless((), calls)
-    rows += await stateless(LIBRARIES, calls)
-    rows += await in_sessions(calls)
-    rows += await subprocesses(calls // 2)
-    rows += await peer(url, calls // 2) if url else []
+    """Measure everything, one after another, and print it."""
+    threads = ThreadPoolExecutor(CALLERS[-1])  # the peer's callers
+    asyncio.get_running_loop().set_default_executor(threads)
+    rows = await ours(calls)
+    rows += await subprocesses(calls)
+    rows += await peer(url, calls) if url else []
     for row in rows:
         print(
-            f"{row.kind:28} {row.callers:3} callers {row.per_s:9.1f}/s   p50 {row.p50_ms:8.2f} ms   "
-            f"p99 {row.p99_ms:8.2f} ms   {row.cpu_ms:7.2f} ms of processor"
+            f"{row.kind:26} {row.callers:3} callers {row.per_s:8.1f}/s   p50 {row.p50_ms:8.2f} ms   "
+            f"p99 {row.p99_ms:8.2f} ms   not the tool {row.overhead_ms:7.2f} ms   "
+            f"processors {row.cpu_ms:6.2f} ms"
         )
     session_mb = await idle_mb(sessions)
-    print(f"{sessions} idle python sessions: {session_mb:.1f} MB each")
+    print(f"{sessions} idle python sessions: {session_mb:.2f} MB each")
     slow_s = await slow_calls(slow)
     print(f"{slow} calls that sleep 1 s, all at once: {slow_s:.1f} s")
+    print(json.dumps(figures(rows) | {"session_idle_mb": session_mb, "slow_calls_s": slow_s}))
+
+
+def figures(rows: list[Measured]) -> dict[str, Any]:
+    """What is compared; of the peer's, None when there is none."""
     found = {(row.kind, row.callers): row for row in rows}
-    one, ready, cell = (
-        found["call", 1],
-        found["call, numpy+sympy ready", 1],
-        found["python session", 1],
-    )
-    bare, other = found["python -c", 1], found.get(("peer", 1))
-    figures: dict[str, Any] = {
-        "python_p50_ms": one.p50_ms,
-        "python_calls_per_s": max(found["call", callers].per_s for callers in CALLERS),
-        "python_cpu_ms": one.cpu_ms,
-        "python_libraries_p50_ms": ready.p50_ms,
-        "python_libraries_cpu_ms": ready.cpu_ms,
-        "session_cell_p50_ms": cell.p50_ms,
-        "bash_cell_p50_ms": found["bash session", 1].p50_ms,
-        "session_idle_mb": session_mb,
-        "slow_calls_s": slow_s,
-        "noop_calls_per_s": found["no-op tool", 1].per_s,
-        "subprocess_p50_ms": bare.p50_ms,
-        "subprocess_cpu_ms": bare.cpu_ms,
-        "peer_python_p50_ms": other.p50_ms if other else None,
-        "peer_python_calls_per_s": found["peer", 8].per_s if other else None,
+
+    def p50_ms(kind: str) -> float | None:
+        row = found.get((kind, 1))
+        return row and round(row.p50_ms, 3)
+
+    def per_s(kind: str) -> float | None:
+        rates = [row.per_s for (of, _), row in found.items() if of == kind]
+        return round(max(rates), 1) if rates else None
+
+    libraries = f"python, {'+'.join(LIBRARIES)} ready"
+    return {
+        "python_p50_ms": p50_ms("python"),
+        "python_calls_per_s": per_s("python"),
+        "python_cpu_ms": round(min(row.cpu_ms for row in rows if row.kind == "python"), 2),
+        "python_libraries_p50_ms": p50_ms(libraries),
+        "python_libraries_calls_per_s": per_s(libraries),
+        "session_cell_p50_ms": p50_ms("python session"),
+        "bash_cell_p50_ms": p50_ms("bash session"),
+        "noop_p50_ms": p50_ms("no-op"),
+        "noop_calls_per_s": per_s("no-op"),
+        "subprocess_p50_ms": p50_ms("python -c"),
+        "subprocess_calls_per_s": per_s("python -c"),
+        "peer_python_p50_ms": p50_ms("peer"),
+        "peer_python_calls_per_s": per_s("peer"),
     }
-    print(
-        json.dumps({name: round(value, 3) if value else value for name, value in figures.items()})
-    )
 
 
 def main() -> None:
+    """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--calls", type=int, default=200)
-    parser.add_argument("--sessions", type=int, default=100, help="idle ones, for their memory")
-    parser.add_argument("--slow", type=int, default=200, help="calls at once that sleep for 1 s")
+    parser.add_argument("--calls", type=int, default=320, help="of each kind")
+    parser.add_argument("--sessions", type=int, default=1000, help="idle ones, for their memory")
+    parser.add_argument("--slow", type=int, default=2000, help="calls at once that sleep for 1 s")
     parser.add_argument("--url", default="", help="of a peer's /get_observation")
     given = parser.parse_args()
     uvloop.run(run(given.calls, given.sessions, given.slow, given.url))

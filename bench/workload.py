@@ -1,6 +1,6 @@
 """Trajectories that only wait: what a policy, a tool and a reward cost in time, and nothing else.
 
-    <|user|>50<|end|><|assistant|><python>50</python> … four calls … <|assistant|>1<|end|>
+    <|user|>50<|end|><|assistant|>hm: <python>50</python> … four calls … <|assistant|>hm: 1<|end|>
 
 How long a call takes follows from the task and the turn's seed alone.
 """
@@ -18,6 +18,8 @@ from tools.tool import Context
 CALLS = 4
 TAG = "python"
 """One token in the vocabulary of recipes.arithmetic: a call is three tokens to six."""
+THOUGHT = "hm: "
+"""Before each call and the answer, four tokens: a policy's turns are longer than their calls."""
 
 HEAVY_TAIL = "heavy"
 """The task whose calls mostly take `COMMON_MS`, and rarely `RARE_MS`; other tasks are a number of milliseconds."""
@@ -36,8 +38,8 @@ class Script:
         task = _TASK.search(text)
         assert task is not None, "a trajectory begins with its task"
         if text.count(f"</{TAG}>") == CALLS:
-            return "1"
-        return f"<{TAG}>{latency_ms(task[1], seed)}</{TAG}>"
+            return f"{THOUGHT}1"
+        return f"{THOUGHT}<{TAG}>{latency_ms(task[1], seed)}</{TAG}>"
 
 
 script = Script()

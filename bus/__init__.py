@@ -13,6 +13,7 @@ blobs       images and other large observations
 policy      which weights are current
 private     the part of a task that scorers only may read
 lease       who is the one that acts
+holders     who keeps a trajectory's session, and asking it
 room        how full the stores are
 archive     what they hold of one run: to copy, to delete
 embedded    a nats-server of our own

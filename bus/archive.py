@@ -28,6 +28,7 @@ _DELETED = (
     ("KV_policy", "$KV.policy.{run}.>"),
     ("KV_private", "$KV.private.{run}.>"),
     ("KV_lease", "$KV.lease.{run}.>"),
+    ("KV_session", "$KV.session.{run}.>"),
     ("DEAD", "dead.*.{run}"),
 )
 

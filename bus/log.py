@@ -47,6 +47,12 @@ class Stored(NamedTuple):
     subject: str
     event: AnyEvent
 
+    @property
+    def learner(self) -> str:
+        """The learner in whose write-ahead log it stands; empty when in none."""
+        part = self.subject.split(".")
+        return part[3] if part[2:3] == ["l"] else ""
+
 
 class Raw(NamedTuple):
     """A stored message, not yet read."""

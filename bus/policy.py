@@ -20,6 +20,11 @@ async def publish_assets(bus: Bus, run: str, files: dict[str, bytes]) -> str:
     return await store.put_object(bus, BUCKET, run, encode(ModelAssets(files=files)))
 
 
+async def publish_base(bus: Bus, run: str, weights: bytes) -> str:
+    """Store the weights that adapters belong to; returns their name."""
+    return await store.put_object(bus, BUCKET, run, weights)
+
+
 async def publish_policy(bus: Bus, run: str, pointer: WeightsPointer, weights: bytes) -> None:
     """Store the weights, then the pointers to them, then tell everyone.
 
@@ -74,6 +79,11 @@ async def load_weights(bus: Bus, run: str, pointer: WeightsPointer) -> bytes:
     return await store.get_object(bus, BUCKET, run, pointer.weights_sha256)
 
 
+async def load_base(bus: Bus, run: str, pointer: WeightsPointer) -> bytes:
+    """The weights that a version's adapters belong to. Raises Missing."""
+    return await store.get_object(bus, BUCKET, run, pointer.base_sha256)
+
+
 async def load_newest(bus: Bus, run: str, pointer: WeightsPointer) -> tuple[WeightsPointer, bytes]:
     """A version's weights, or those of the newest when they are deleted meanwhile, with its pointer.
 
@@ -104,7 +114,7 @@ async def delete_versions(bus: Bus, run: str, keep: Collection[int]) -> list[int
     async for raw in store.messages(bus, "KV_policy", f"$KV.policy.{run}.*"):
         pointer: WeightsPointer = decode(raw.data, WeightsPointer, raw.subject)
         if pointer.policy_version in keep:
-            named |= {pointer.weights_sha256, pointer.assets_sha256}
+            named |= {pointer.weights_sha256, pointer.assets_sha256, pointer.base_sha256}
         else:
             await store.delete(bus, "policy", raw.subject.removeprefix("$KV.policy."))
             deleted.append(pointer.policy_version)

@@ -80,8 +80,9 @@ async def provision(
         await _make(manager, config)
     wanted = [("GEN", durable(run), work("gen", run)), ("SCORE", durable(run), work("score", run))]
     for tool in tools:
-        name = durable(run, token(tool, "the tool's name"))
-        wanted.append(("TOOL", name, work("tool", run, tool)))
+        for part in tool.split("@"):  # its name, and a version
+            token(part, "the tool's name")
+        wanted.append(("TOOL", durable(run, tool), work("tool", run, tool)))
     for stream, name, subject in wanted:
         try:
             await manager.consumer_info(stream, name)

@@ -23,8 +23,8 @@ class Row(NamedTuple):
 
 
 TABLE = (
-    Row("log.*.t.*.admitted", "LOG", ("dispatcher",), EVERYONE),
-    Row("log.*.t.*.turn", "LOG", ("generator",), EVERYONE),
+    Row("log.*.t.*.admitted", "LOG", ("dispatcher", "gateway"), EVERYONE),
+    Row("log.*.t.*.turn", "LOG", ("generator", "gateway"), EVERYONE),
     Row("log.*.t.*.started", "LOG", ("toolbox",), EVERYONE),
     Row("log.*.t.*.result", "LOG", ("toolbox",), EVERYONE),
     Row("log.*.t.*.scored", "LOG", ("scorer",), EVERYONE),
@@ -32,21 +32,25 @@ TABLE = (
     Row("log.*.t.*.expired", "LOG", ("dispatcher",), EVERYONE),
     Row("log.*.t.*.failed", "LOG", ("dispatcher",), EVERYONE),
     Row("log.*.t.*.dropped", "LOG", ("dispatcher",), EVERYONE),
+    Row("log.*.t.*.finished", "LOG", ("gateway",), EVERYONE),
     Row("log.*.l.*.*", "LOG", ("learner",), EVERYONE),
     Row("log.*.r.*", "LOG", ("dispatcher", "supervisor"), EVERYONE),
     Row("gen.*", "GEN", ("dispatcher", "generator", "toolbox"), ("generator",)),
-    Row("tool.*.*", "TOOL", ("dispatcher", "generator", "toolbox"), ("toolbox",)),
+    Row("tool.*.*", "TOOL", ("dispatcher", "generator", "toolbox", "gateway"), ("toolbox",)),
     Row("score.*", "SCORE", ("dispatcher", "generator"), ("scorer",)),
     Row("$KV.policy.*", "KV_policy", ("learner",), ("generator", "dispatcher")),
     Row("$O.weights.C.*", "OBJ_weights", ("learner",), ("generator",)),
     Row("$O.weights.M.*", "OBJ_weights", ("learner",), ("generator",)),
-    Row("$O.blobs.C.*", "OBJ_blobs", ("toolbox",), ("dispatcher", "operator")),
-    Row("$O.blobs.M.*", "OBJ_blobs", ("toolbox",), ("dispatcher", "operator")),
+    Row("$O.blobs.C.*", "OBJ_blobs", ("toolbox",), ("dispatcher", "gateway", "operator")),
+    Row("$O.blobs.M.*", "OBJ_blobs", ("toolbox",), ("dispatcher", "gateway", "operator")),
     Row("weights.*.ready", "", ("learner",), ("generator", "dispatcher")),
     Row("$KV.private.*.*", "KV_private", ("dispatcher",), ("scorer",)),
     Row("$KV.lease.*.dispatcher", "KV_lease", ("dispatcher",), ("dispatcher",)),
+    Row("$KV.lease.*.bookmark", "KV_lease", ("dispatcher",), ("dispatcher",)),
     Row("$KV.lease.*.recorder", "KV_lease", ("recorder",), ("recorder",)),
-    Row("hb.*.*", "", EVERYONE, ("supervisor", "dispatcher", "operator")),
+    Row("$KV.session.*.*.*", "KV_session", ("toolbox",), ("toolbox",)),
+    Row("sess.*.*.*", "", ("toolbox",), ("toolbox",)),
+    Row("hb.*.*", "", EVERYONE, ("supervisor", "dispatcher", "gateway", "operator")),
     Row("dead.*.*", "DEAD", ("generator", "toolbox", "scorer"), ("dispatcher", "operator")),
 )
 
@@ -98,8 +102,13 @@ def log(run: str) -> str:
 
 
 def work(stage: Stage, run: str, tool: str = "") -> str:
-    """Where a stage's wake-ups lie."""
+    """Where a stage's wake-ups lie. `tool`: its queue, `<tool>` or `<tool>@<version>`."""
     return f"tool.{run}.{tool}" if stage == "tool" else f"{stage}.{run}"
+
+
+def session(run: str, trajectory_id: str, tool: str) -> str:
+    """Where the replica answers that holds what a tool keeps for a trajectory. `tool`: its queue."""
+    return f"sess.{run}.{trajectory_id}.{tool}"
 
 
 def durable(run: str, tool: str = "") -> str:

@@ -12,6 +12,7 @@ policy_model  the model, its weights, and whether it can be served
 slots         the key-value cache and attention over rows of unlike lengths
 llama_family  a faster forward pass for Llama and its relatives
 sampling      logits → tokens, the same draw whatever else is in the batch
+adapters      published adapters and their base as one
 
 scripted      replies from a Python function, tokenised as a model's would be (tests, oracle policies)
 errors        what can go wrong

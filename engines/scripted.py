@@ -56,9 +56,14 @@ class ScriptedEngine:
             return self._sample(planned, [self._policy_version] * len(planned), reason)
         versions: list[int] = []
         interrupted = self._interrupted
-        for _ in planned:
+        clock = asyncio.get_running_loop().time
+        begun_s = clock()
+        for number in range(1, len(planned) + 1):
+            left_s = (
+                begun_s + number * self._seconds_per_token - clock()
+            )  # lateness does not add up
             try:
-                await asyncio.wait_for(interrupted.wait(), self._seconds_per_token)
+                await asyncio.wait_for(interrupted.wait(), left_s)
             except TimeoutError:  # the token's time has passed
                 versions.append(self._policy_version)
             else:

@@ -40,6 +40,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _unread(recipe.learner)
     yield from _out_of_bounds(recipe)
     yield from _at_odds(recipe.learner)
+    yield from _unscored(recipe)
 
 
 def _unread(learner: Learner) -> Iterator[Contradiction]:
@@ -79,6 +80,9 @@ def _unread(learner: Learner) -> Iterator[Contradiction]:
             "kl.coefficient or kl.behaviour_coefficient above 0",
         ),
         "teacher.coefficient": (bool(learner.teacher.folder), "teacher.folder"),
+        "lora.alpha": (learner.lora.rank > 0, "lora.rank above 0"),
+        "lora.dropout": (learner.lora.rank > 0, "lora.rank above 0"),
+        "lora.target": (learner.lora.rank > 0, "lora.rank above 0"),
     }
     given, default = msgspec.to_builtins(learner), msgspec.to_builtins(Learner())
     for key, (read, condition) in conditions.items():
@@ -105,6 +109,31 @@ def _out_of_bounds(recipe: Recipe) -> Iterator[Contradiction]:
         yield Contradiction("advantage.overlong_tokens", "must be below policy.max_tokens")
     if learner.updates_per_step > learner.groups_per_step:
         yield Contradiction("updates_per_step", "must not be above learner.groups_per_step")
+    yield from _several(learner)
+
+
+def _several(learner: Learner) -> Iterator[Contradiction]:
+    """Keys of a learner of several processes."""
+    if not learner.deepspeed and learner.zero_stage > 1:
+        yield Contradiction("zero_stage", "one rank divides nothing: leave it out, or raise ranks")
+    if learner.hostfile and learner.ranks == 1:
+        yield Contradiction("hostfile", "give the number of all its slots as learner.ranks")
+    if learner.offload == "weights" and learner.zero_stage < 3:
+        yield Contradiction("offload", "weights stay on the GPU below learner.zero_stage = 3")
+    if learner.lora.rank and learner.zero_stage == 3:
+        yield Contradiction("zero_stage", "adapters need it whole: write 1 or 2")
+
+
+def _unscored(recipe: Recipe) -> Iterator[Contradiction]:
+    """Checkpoints that are to be compared by what they do not have."""
+    learner, held_out = recipe.learner, recipe.evaluation
+    if learner.best_by != "evaluation":
+        return
+    if not (held_out.rows or held_out.path):
+        yield Contradiction("best_by", "needs held-out tasks: give evaluation.rows or .path")
+    elif held_out.every_steps % learner.checkpoint_every_steps:
+        fix = f"must divide evaluation.every_steps = {held_out.every_steps}: only those versions are compared"
+        yield Contradiction("checkpoint_every_steps", fix)
 
 
 def _at_odds(learner: Learner) -> Iterator[Contradiction]:

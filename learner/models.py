@@ -1,16 +1,22 @@
-"""Models that are loaded and not learned: a reference, a teacher; and the value head, learned beside the policy.
+"""Models as folders and as states; those that are only asked: a reference, a teacher; and the value head.
 
 Shapes: K sampled tokens of a micro-batch, H width.
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.errors import UnsupportedModel
+
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def load_model(folder: Path) -> Any:
@@ -37,12 +43,28 @@ def load_frozen(folder: Path, like: Any) -> Any:
     Raises UnsupportedModel.
     """
     model = load_model(folder)
-    sizes = [other.get_output_embeddings().weight.shape[0] for other in (model, like)]
+    sizes = [other.config.get_text_config().vocab_size for other in (model, like)]
     if sizes[0] != sizes[1]:
         raise UnsupportedModel(
             str(folder), f"its vocabulary has {sizes[0]} tokens, the policy's {sizes[1]}"
         )
     return model.to(like.device).eval().requires_grad_(False)
+
+
+def recompute_layers(model: Any) -> None:
+    """Keep only each layer's input for the backward pass, and compute the layer again there: bit for bit the same.
+
+    Call it after `eval`, which ends it. Raises UnsupportedModel.
+    """
+    try:
+        model.gradient_checkpointing_enable()
+    except ValueError as error:
+        raise UnsupportedModel(
+            type(model).__name__, "learner.gradient_checkpointing is not for it; set it to false"
+        ) from error
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # itself, which asks for it, but nothing in it: no dropout
 
 
 def fastest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -52,6 +74,39 @@ def fastest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
         if has["architecture"] == "x86_64" and not (has["avx512_bf16"] or has["amx_bf16"]):
             return torch.float32
     return dtype
+
+
+def assets_of(folder: Path) -> dict[str, bytes]:
+    """The files of a Hugging Face folder but its weights."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and not path.name.startswith(".")
+        and not path.name.endswith((*_WEIGHT_FILES, ".index.json"))
+    }
+
+
+def with_dtype(config_json: bytes, dtype: str) -> bytes:
+    """A config.json that names the dtype of the weights beside it."""
+    config = json.loads(config_json)
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    return json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def once(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's state with every tensor once, under the first of its names when it is tied."""
+    seen: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        seen.setdefault(tensor.data_ptr(), name)
+    return {name: tensors[name] for name in seen.values()}
+
+
+def to_file(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> bytes:
+    """The bytes of a safetensors file; equal tensors give equal bytes."""
+    cast = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    return save(cast, {"format": "pt"})
 
 
 class ValueHead(torch.nn.Module):

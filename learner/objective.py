@@ -9,6 +9,7 @@
 Shapes: K sampled tokens of a micro-batch, S trajectories of it, N sampled tokens of the update.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +22,14 @@ from learner.batch import Tokens
 from learner.logprobs import TokenLogprobs
 from learner.pack import MicroBatch
 from schemas import recipe
+
+Summed = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+"""Adds tensors up, name by name, over the processes of a learner."""
+
+
+def alone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The sums of a learner of one process."""
+    return tensors
 
 
 class MicroLoss(NamedTuple):
@@ -210,19 +219,21 @@ class Objective:
             "masked_token_fraction": (~kept_K).sum(),
         }
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, summed: Summed = alone) -> dict[str, float]:
         """What is not a mean over tokens, of all micro-batches; by age, what staleness does.
 
         kl_behaviour_max, gated_trajectory_fraction, versions_per_trajectory (mean and `_max`), and for each age of
-        token `age_<a>_`: token_fraction, kl_behaviour, is_ratio_mean, masked_token_fraction.
+        token `age_<a>_`: token_fraction, kl_behaviour, is_ratio_mean, masked_token_fraction. `summed` adds up what the
+        processes of a learner have seen, each of its own micro-batches.
         """
-        seen = {
-            name: torch.cat([part[name] for part in self._seen]).double().numpy()
-            for name in self._seen[0]
-        }
-        places = seen.pop("places").astype(np.int64)
+        count = len(self._tokens.ages_N)
+        found_N = {name: torch.zeros(count) for name in ("kl", "ratio", "masked", "gated")}
+        for part in self._seen:
+            for name, array_N in found_N.items():
+                array_N[part["places"]] = part[name].float()
+        seen = {name: array_N.double().numpy() for name, array_N in summed(found_N).items()}
         ages, sequences = (
-            array_N[places].numpy() for array_N in (self._tokens.ages_N, self._tokens.sequences_N)
+            array_N.numpy() for array_N in (self._tokens.ages_N, self._tokens.sequences_N)
         )
         pairs = np.unique(np.stack([sequences, ages]), axis=1)
         versions = np.unique(pairs[0], return_counts=True)[1]
@@ -242,3 +253,15 @@ class Objective:
                 f"age_{age}_masked_token_fraction": seen["masked"][of_age].mean(),
             }
         return {name: float(value) for name, value in found.items()}
+
+
+def of_updates(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One row of a step's updates: tokens are summed, of maxima the largest is taken, of the rest the mean."""
+    found = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows if name in row]
+        if name in ("train_tokens", "computed_tokens"):
+            found[name] = sum(values)
+        else:
+            found[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    return found

@@ -1,21 +1,25 @@
-"""Samples as the rows of a few micro-batches; a group's prompt is computed once.
+"""Samples as the rows of a few micro-batches: without padding, and a group's prompt is computed once.
 
-    group   p p p a a a      a tree:  p p p a a b b      a tree's prompt is seen by all its tails,
-            p p p b b b               0 1 2 3 4 3 4      a tail sees the prompt and itself: the same
-                                      (positions)        log-probabilities, fewer tokens
+    group   p p p a a a      a row:  p p p a a b b     places
+            p p p b b b              0 1 2 3 4 3 4     positions: a tail goes on where the prompt ended
+                                     └──┬┘ └┬┘ └┬┘
+                                        │   │   └── sees p p p b b     segments: each sees itself and what was
+                                        │   └────── sees p p p a a     before it, so that every token has the
+                                        └────────── sees p p p         past that it has in its own sample
 
 The last token of a sample is only predicted, never an input: that is why a a a takes two places above.
 
-Trees are put into rows, first fit by decreasing length; a micro-batch is R rows of L places. Attention costs R * L^2,
-padding costs the rest of the layer, and rows about as long as the model is wide lose least to both (measured for
-widths 128 and 576): `row_tokens`. Everything is a pure function of the samples and their order.
+Prompts and tails are cut into segments, attention is computed by segment (learner/attention.py), and everything else
+of the model sees one row of tokens. Everything is a pure function of the samples and their order.
 
-Shapes: T tokens of a sample, R rows, L places of a row, K sampled tokens of a micro-batch, N of the whole batch.
+Shapes: T tokens of a sample, P places of a row, S segments of it, J places seen by its segments, one after another, K
+sampled tokens of a micro-batch, N of the whole batch.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +27,6 @@ from numpy.typing import NDArray
 from learner.samples import BoolArray, IntArray, prompt_length
 
 LongArray = NDArray[np.int64]
-
-_ATTENTION_SHARE = 6
-"""At L = 6 * width attention costs a Llama layer as much as the rest: 4 L^2 w against 2 L * 12 w^2 operations."""
 
 
 class Masked(Protocol):
@@ -39,14 +40,18 @@ class Masked(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """One forward and backward pass."""
+    """One forward and backward pass over one row."""
 
-    ids_RL: LongArray
-    positions_RL: LongArray
-    attend_RLL: BoolArray
-    """[row, place, place it sees]; padding sees itself."""
+    ids_P: LongArray
+    positions_P: LongArray
+    lengths_S: LongArray
+    """Places of each segment; they lie side by side."""
+    seen_lengths_S: LongArray
+    """Places that each segment sees: the last `lengths_S` of them are its own, each seen by itself and those after."""
+    seen_J: LongArray
+    """Which places these are."""
     sources_K: LongArray
-    """Where in the flat [R * L] each sampled token is predicted."""
+    """The place where each sampled token is predicted."""
     targets_K: LongArray
     """The sampled tokens."""
     tokens_K: LongArray
@@ -72,36 +77,12 @@ class _Tree:
     length: int
 
 
-@dataclass(slots=True)
-class _Rows:
-    """A micro-batch being filled."""
-
-    length: int
-    capacity: int
-    trees: list[list[_Tree]] = field(default_factory=list)
-    free: list[int] = field(default_factory=list)
-
-    def place(self, tree: _Tree) -> bool:
-        """Put the tree into the first row with room, or into a new row; False when there is neither."""
-        for row, free in enumerate(self.free):
-            if free >= tree.length:
-                self.trees[row].append(tree)
-                self.free[row] -= tree.length
-                return True
-        if len(self.trees) == self.capacity or tree.length > self.length:
-            return False
-        self.trees.append([tree])
-        self.free.append(self.length - tree.length)
-        return True
-
-
-def pack(
-    groups: Sequence[Sequence[Masked]], microbatch_tokens: int, row_tokens: int
-) -> list[MicroBatch]:
+def pack(groups: Sequence[Sequence[Masked]], microbatch_tokens: int) -> list[MicroBatch]:
     """Lay groups out in micro-batches of at most `microbatch_tokens` places each.
 
     A sample longer than that has a micro-batch of its own. A sample without sampled tokens takes no part. Members
-    of a group share the given tokens that all of them begin with; a group of one shares nothing.
+    of a group share the given tokens that all of them begin with; a group of one shares nothing, and one that is too
+    large for a micro-batch is cut into several, each with the prompt.
     """
     trees: list[_Tree] = []
     first_token = 0
@@ -113,34 +94,29 @@ def pack(
                 tails.append(_Tail(member, int(sampled[-1]), first_token))
             first_token += len(sampled)
         if tails:
-            trees += _trees(tails, microbatch_tokens, row_tokens)
-    batches: list[_Rows] = []
-    for tree in sorted(trees, key=lambda tree: -tree.length):
-        if not any(batch.place(tree) for batch in batches):
-            length = max(tree.length, min(row_tokens, microbatch_tokens))
-            batches.append(_Rows(length, max(1, microbatch_tokens // length)))
-            batches[-1].place(tree)
-    return [_filled(batch) for batch in batches]
+            trees += _trees(tails, microbatch_tokens)
+    rows: list[_Row] = []
+    for tree in sorted(trees, key=lambda tree: -tree.length):  # first fit by decreasing length
+        room = (row for row in rows if row.places + tree.length <= microbatch_tokens)
+        row = next(room, None)
+        if row is None:
+            row = _Row()
+            rows.append(row)
+        row.add(tree)
+    return [row.micro_batch() for row in rows]
 
 
-def _trees(tails: list[_Tail], microbatch_tokens: int, row_tokens: int) -> list[_Tree]:
-    """Split a group into trees: a tail joins the last one where that is cheaper than the prompt once more."""
-
-    def cost(length: int) -> float:
-        return length * (1 + max(length, row_tokens) / (_ATTENTION_SHARE * row_tokens))
-
+def _trees(tails: list[_Tail], microbatch_tokens: int) -> list[_Tree]:
+    """A group as one tree, or as few as fit into a micro-batch each."""
     prefix = _common_prompt([tail.member for tail in tails])
     trees: list[_Tree] = []
     for tail in tails:
         own = tail.inputs - prefix
-        if trees:
-            joined = trees[-1].length + own
-            cheaper = cost(joined) - cost(trees[-1].length) <= cost(prefix + own)
-            if cheaper and joined <= microbatch_tokens:
-                trees[-1].tails.append(tail)
-                trees[-1].length = joined
-                continue
-        trees.append(_Tree(prefix, [tail], prefix + own))
+        if trees and trees[-1].length + own <= microbatch_tokens:
+            trees[-1].tails.append(tail)
+            trees[-1].length += own
+        else:
+            trees.append(_Tree(prefix, [tail], prefix + own))
     return trees
 
 
@@ -156,42 +132,36 @@ def _common_prompt(members: Sequence[Masked]) -> int:
     return shared
 
 
-def _filled(rows: _Rows) -> MicroBatch:
-    """Write the trees of a full micro-batch into arrays no longer than its longest row."""
-    length = rows.length - min(rows.free)
-    shape = (len(rows.trees), length)
-    ids_RL = np.zeros(shape, np.int64)
-    positions_RL = np.zeros(shape, np.int64)
-    attend_RLL = np.zeros((*shape, length), np.bool_)
-    attend_RLL[:, range(length), range(length)] = True
-    sources, targets, tokens = [], [], []
-    for row, trees in enumerate(rows.trees):
-        start = 0
-        for tree in trees:
-            prefix = slice(start, start + tree.prefix)
-            ids_RL[row, prefix] = tree.tails[0].member.ids_T[: tree.prefix]
-            positions_RL[row, prefix] = np.arange(tree.prefix)
-            attend_RLL[row, prefix, prefix] = np.tri(tree.prefix, dtype=np.bool_)
-            start += tree.prefix
-            for tail in tree.tails:
-                own = slice(start, start + tail.inputs - tree.prefix)
-                ids_RL[row, own] = tail.member.ids_T[tree.prefix : tail.inputs]
-                positions_RL[row, own] = np.arange(tree.prefix, tail.inputs)
-                attend_RLL[row, own, prefix] = True
-                attend_RLL[row, own, own] = np.tri(own.stop - start, dtype=np.bool_)
-                sampled = np.flatnonzero(tail.member.mask_T)
-                predicts = sampled - 1  # its place within the sample, then within the row
-                in_prefix = predicts < tree.prefix
-                places = predicts + np.where(in_prefix, prefix.start, start - tree.prefix)
-                sources.append(row * length + places)
-                targets.append(tail.member.ids_T[sampled])
-                tokens.append(tail.first_token + np.arange(len(sampled)))
-                start = own.stop
-    return MicroBatch(
-        ids_RL=ids_RL,
-        positions_RL=positions_RL,
-        attend_RLL=attend_RLL,
-        sources_K=np.concatenate(sources).astype(np.int64),
-        targets_K=np.concatenate(targets).astype(np.int64),
-        tokens_K=np.concatenate(tokens).astype(np.int64),
-    )
+class _Row:
+    """A micro-batch being written."""
+
+    def __init__(self) -> None:
+        self._parts: defaultdict[str, list[Any]] = defaultdict(list)
+        self.places = 0
+
+    def add(self, tree: _Tree) -> None:
+        """The prompt, if there is one, and each tail, if anything of it is an input."""
+        prefix = self._segment(tree.tails[0].member.ids_T[: tree.prefix], np.arange(0))
+        for tail in tree.tails:
+            own = self._segment(tail.member.ids_T[tree.prefix : tail.inputs], prefix)
+            sampled = np.flatnonzero(tail.member.mask_T)
+            self._parts["sources_K"].append(np.concatenate([prefix, own])[sampled - 1])
+            self._parts["targets_K"].append(tail.member.ids_T[sampled])
+            self._parts["tokens_K"].append(tail.first_token + np.arange(len(sampled)))
+
+    def _segment(self, ids: IntArray, before: LongArray) -> LongArray:
+        """Give the tokens places, from which they and the places `before` are seen; returns the former."""
+        own = np.arange(self.places, self.places + len(ids))
+        self.places += len(own)
+        if len(own):
+            self._parts["ids_P"].append(ids)
+            self._parts["positions_P"].append(len(before) + np.arange(len(own)))
+            self._parts["lengths_S"].append([len(own)])
+            self._parts["seen_lengths_S"].append([len(before) + len(own)])
+            self._parts["seen_J"].append(np.concatenate([before, own]))
+        return own
+
+    def micro_batch(self) -> MicroBatch:
+        return MicroBatch(
+            **{name: np.concatenate(part).astype(np.int64) for name, part in self._parts.items()}
+        )

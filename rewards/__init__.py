@@ -5,4 +5,5 @@ registry    names to rewards
 answer      finds the final answer in a turn's text
 exact       the answer equals the expected one, as text or as a number
 math        the answer is mathematically equal (math-verify, in a sandbox)
+repo_tests  the submitted patch makes the tests pass; trial runs them, in a sandbox
 """

@@ -10,7 +10,12 @@ from schemas.task import TaskRow
 from schemas.trajectory import Trajectory
 
 ENTRY_POINTS = "agentic_actors.rewards"
-BUILT_IN = {"exact": "rewards.exact:exact", "math": "rewards.math:math"}
+BUILT_IN = {
+    "exact": "rewards.exact:exact",
+    "math": "rewards.math:math",
+    "repo_tests": "rewards.repo_tests:repo_tests",
+    "repo_tests_share": "rewards.repo_tests:repo_tests_share",
+}
 
 
 class CheckedReward:

@@ -46,8 +46,19 @@ class Ran(Protocol):
 class Run(Protocol):
     """Runs Python code in a fresh sandbox; `tools.sandbox.sandbox.Sandbox.run` is one."""
 
-    def __call__(self, code: str, *, stdin: bytes = b"") -> Awaitable[Ran]:
-        """Raises when the sandbox, not the code, fails."""
+    def __call__(
+        self,
+        code: str,
+        *,
+        stdin: bytes = b"",
+        wall_s: float | None = None,
+        repository: bool = False,
+    ) -> Awaitable[Ran]:
+        """Raises when the sandbox, not the code, fails.
+
+        `wall_s`: how long the code may take, by default 10 s. `repository`: it runs in a work tree of the commit that
+        the task's `public.extra` names; see tools/repositories.py.
+        """
         ...
 
 

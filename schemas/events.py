@@ -4,10 +4,12 @@ Of a trajectory, on `log.<run>.t.<trajectory>.<kind>`:
 
     admitted → turn → result → turn → … → scored            (train)
                                        … → evaluated          (eval)
+                                       … → finished           (external)
     or it ends in expired, failed or dropped.
 
-Of a learner, on `log.<run>.l.<learner>.<kind>`: warmed*, then filtered* and step → stepped, again and again.
-Of the run, on `log.<run>.r.<kind>`: opened, paused, resumed, stopping, ended, archived.
+Of a learner, on `log.<run>.l.<learner>.<kind>`: warmed*, then filtered* and step → stepped, again and again; of one
+that trains beside the main one, on the same steps: joined, then step → stepped.
+Of the run, on `log.<run>.r.<kind>`: opened, tooladded, toolremoved, paused, resumed, stopping, ended, archived.
 
 The kind is a class's name in lower case; it travels as the field `kind` and as the last token of the subject.
 New fields need defaults, and no field changes its type: then old and new processes can talk.
@@ -17,7 +19,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from schemas.recipe import Recipe
+from schemas.recipe import OptionTable, Recipe
 from schemas.task import PublicPart
 from schemas.tokens import Tokens
 
@@ -52,7 +54,8 @@ class Admitted(TrajectoryEvent, frozen=True, kw_only=True):
     public: PublicPart
     private_key: str
     """Where scorers find the row's private part."""
-    purpose: Literal["train", "eval"] = "train"
+    purpose: Literal["train", "eval", "external"] = "train"
+    """`external`: its policy is elsewhere, and a gateway writes down its turns."""
     min_policy_version: int = 0
     """A generator loads at least this version before it samples."""
     pinned_policy_version: int | None = None
@@ -62,11 +65,23 @@ class Admitted(TrajectoryEvent, frozen=True, kw_only=True):
     """Derived from the run's seed, the group, the member and the attempt."""
 
 
-class Call(msgspec.Struct, frozen=True, kw_only=True):
+class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One tool call that the policy wrote."""
 
     tool: str
     arguments: dict[str, Any]
+    version: str = ""
+    """Of the tool, as `tooladded` says, and no other runs it; empty for a tool of the recipe."""
+
+    @property
+    def queue(self) -> str:
+        """Where it waits: `<tool>`, or `<tool>@<version>`."""
+        return tool_queue(self.tool, self.version)
+
+
+def tool_queue(tool: str, version: str) -> str:
+    """What the queue of one version of a tool is called."""
+    return f"{tool}@{version}" if version else tool
 
 
 class Turn(TrajectoryEvent, frozen=True, kw_only=True):
@@ -117,6 +132,10 @@ class Result(TrajectoryEvent, frozen=True, kw_only=True):
     """The sandbox tier that ran it."""
     images: list[StoredImage] = []
     """One for each placeholder in the text, in order; those beyond come after it."""
+    handed_in: bytes = b""
+    """What the tool has for the reward and not for the policy, as a patch."""
+    last: bool = False
+    """Nothing follows but the score."""
 
 
 class Scored(TrajectoryEvent, frozen=True, kw_only=True):
@@ -166,6 +185,12 @@ class Dropped(TrajectoryEvent, frozen=True, kw_only=True):
     reason: str
 
 
+class Finished(TrajectoryEvent, frozen=True, kw_only=True):
+    """A gateway ends an external trajectory: whoever trains on it asks for no more; terminal."""
+
+    reason: str
+
+
 # -- of a learner ----------------------------------------------------------------------------------
 
 
@@ -200,6 +225,13 @@ class Step(Event, frozen=True, kw_only=True):
     threads: int = 1
 
 
+class Joined(Event, frozen=True, kw_only=True):
+    """A learner beside the main one begins; the first event of its log. It trains the main one's steps, and no more."""
+
+    overrides: list[str]
+    """What it changes of the run's recipe, as `key=value`."""
+
+
 class Stepped(Event, frozen=True, kw_only=True):
     """Appended after the optimizer step and before the weights are published."""
 
@@ -222,6 +254,40 @@ class Opened(Event, frozen=True, kw_only=True):
     recipe: Recipe
     recipe_dir: str = ""
     """Where `module:function` names of the recipe are looked up, besides the import path."""
+
+
+class ShownFunction(msgspec.Struct, frozen=True, kw_only=True):
+    """A function of a tool, as the policy is shown it."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+    """A JSON schema of its arguments, an object."""
+
+
+class ToolAdded(Event, frozen=True, kw_only=True):
+    """The policy may call a tool from now on. It replaces one of its name, by which calls in the log are finished."""
+
+    tool: str
+    version: str
+    """The first digits of a hash of all that follows."""
+    functions: list[ShownFunction]
+    use: str = ""
+    """What toolboxes run, a name as in the recipe's `tools.use`; empty: it is served elsewhere."""
+    source: str = ""
+    """Python that defines the function `use`; empty: it is built in, or from an installed package."""
+    options: OptionTable = {}
+
+    @property
+    def queue(self) -> str:
+        """Where its calls wait."""
+        return tool_queue(self.tool, self.version)
+
+
+class ToolRemoved(Event, frozen=True, kw_only=True):
+    """The policy may call a tool no more. Calls in the log are finished."""
+
+    tool: str
 
 
 class Paused(Event, frozen=True, kw_only=True):
@@ -255,13 +321,13 @@ class Archived(Event, frozen=True, kw_only=True):
 
 
 AnyTrajectoryEvent = (
-    Admitted | Turn | Started | Result | Scored | Evaluated | Expired | Failed | Dropped
+    Admitted | Turn | Started | Result | Scored | Evaluated | Expired | Failed | Dropped | Finished
 )
-AnyLearnerEvent = Warmed | Filtered | Step | Stepped
-AnyRunEvent = Opened | Paused | Resumed | Stopping | Ended | Archived
+AnyLearnerEvent = Joined | Warmed | Filtered | Step | Stepped
+AnyRunEvent = Opened | ToolAdded | ToolRemoved | Paused | Resumed | Stopping | Ended | Archived
 AnyEvent = AnyTrajectoryEvent | AnyLearnerEvent | AnyRunEvent
 
-TERMINAL = (Evaluated, Expired, Failed, Dropped)
+TERMINAL = (Evaluated, Expired, Failed, Dropped, Finished)
 """After one of these nothing follows. `Scored` is not among them: it is then trained, filtered or dropped."""
 
 OWNERS: dict[type[Event], str] = {
@@ -274,11 +340,15 @@ OWNERS: dict[type[Event], str] = {
     Expired: "dispatcher",
     Failed: "dispatcher",
     Dropped: "dispatcher",
+    Finished: "gateway",
+    Joined: "learner",
     Warmed: "learner",
     Filtered: "learner",
     Step: "learner",
     Stepped: "learner",
     Opened: "supervisor",
+    ToolAdded: "supervisor",
+    ToolRemoved: "supervisor",
     Paused: "supervisor",
     Resumed: "supervisor",
     Stopping: "supervisor",
@@ -286,3 +356,6 @@ OWNERS: dict[type[Event], str] = {
     Archived: "supervisor",
 }
 """The role that may append each kind."""
+
+EXTERNAL = (Admitted, Turn, Finished)
+"""What a gateway may append, of external trajectories."""

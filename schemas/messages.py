@@ -4,11 +4,19 @@ from typing import Literal
 
 import msgspec
 
-from schemas.events import Boundary
+from schemas.events import Boundary, Cause, Result
 from schemas.trajectory import Trajectory
 
 RoleName = Literal[
-    "dispatcher", "generator", "toolbox", "scorer", "learner", "recorder", "supervisor"
+    "dispatcher",
+    "generator",
+    "toolbox",
+    "scorer",
+    "learner",
+    "shadow",
+    "recorder",
+    "gateway",
+    "supervisor",
 ]
 
 
@@ -24,6 +32,50 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Handler failures of this hop so far."""
 
 
+class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A toolbox asks the one that holds a session to run the trajectory's next call in it, and asks until it has."""
+
+    id: str
+    holder: str
+    """Which replica is meant: another one that still listens keeps silent."""
+    work: bytes = b""
+    """A `Work`, in its own bytes; empty when it is asked again."""
+    run: bool = True
+    """False: run nothing, only say what came of the call."""
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the holder says. None of it: it does not hold the session, or knows nothing of the call."""
+
+    at_work: bool = False
+    """Ask again."""
+    result: Result | None = None
+    """For whoever asked to append."""
+    cause: Cause | None = None
+    """Why there is none."""
+
+
+class Bookmark(msgspec.Struct, frozen=True, kw_only=True):
+    """What a dispatcher need not read the log's beginning for: all that was admitted before it has ended.
+
+    Dispatchers write and read it. It is a cache of the log: without it, the whole log is read.
+    """
+
+    seq: int
+    """Read on after this sequence."""
+    next_row: int
+    lost_rows: list[int]
+    repeats: dict[str, int]
+    evaluated: list[int]
+    """Versions whose evaluation is admitted whole."""
+    evaluations: list[str]
+    """Evaluations admitted of other versions."""
+    steps_begun: int
+    steps_done: int
+    recent: list[str]
+    """How the last trajectories ended; see `Dispatcher.failing_cause`."""
+
+
 class WeightsPointer(msgspec.Struct, frozen=True, kw_only=True):
     """Which policy is current; the learner writes it, generators, dispatcher and evaluation read it."""
 
@@ -32,6 +84,8 @@ class WeightsPointer(msgspec.Struct, frozen=True, kw_only=True):
     """The name of a safetensors object in the weights store."""
     assets_sha256: str
     """The name of an object that holds the model's other files (configuration, tokenizer)."""
+    base_sha256: str = ""
+    """The name of the object with the weights that these are adapters of; empty: these are whole."""
 
 
 class ModelAssets(msgspec.Struct, frozen=True, kw_only=True):

@@ -58,6 +58,15 @@ class Data(_Section, frozen=True):
     """Another order each epoch, from the run's seed. For `path` only."""
 
 
+class RemoteTool(_Section, frozen=True):
+    """A tool that workers of its own serve, in any language (docs/wire.md): all that is known of it here."""
+
+    description: str
+    """What the policy is told of it."""
+    parameters: str
+    """A JSON schema of its arguments, as JSON text."""
+
+
 class Tools(_Section, frozen=True):
     """What the policy may call, and how it writes a call."""
 
@@ -84,11 +93,13 @@ class Tools(_Section, frozen=True):
     """Which side of it stays; `auto`: the tool says, and most keep both."""
     options: dict[str, OptionTable] = {}
     """Tool name to its own options; each may also have `timeout_s`, `observation_chars` and `keep` of its own."""
+    remote: dict[str, RemoteTool] = {}
+    """By name: tools that are served elsewhere. The policy is shown them after those of `use`."""
 
     @property
     def names(self) -> list[str]:
         """The tools by name; a tool of one's own has its function's name."""
-        return [name.rpartition(":")[2] for name in self.use]
+        return [*(name.rpartition(":")[2] for name in self.use), *self.remote]
 
 
 class ColdStart(_Section, frozen=True):
@@ -201,6 +212,19 @@ class Filter(_Section, frozen=True):
     """[least, most]: those whose mean reward is not within; empty: none."""
 
 
+class Lora(_Section, frozen=True):
+    """Low-rank adapters (Hu et al. 2021) on version 0, which stays as it is; only they are trained and published."""
+
+    rank: NonNegative = 0
+    """0: no adapters, all weights are trained."""
+    alpha: Annotated[float, Meta(gt=0)] = 16.0
+    """An adapter's product is multiplied by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Of an adapter's input while a step's gradient is computed; the engine has none."""
+    target: list[str] = []
+    """Modules by the last part of their names, e.g. ["q_proj", "v_proj"]; empty: every linear layer but the head."""
+
+
 class Learner(_Section, frozen=True):
     """The optimisation."""
 
@@ -220,9 +244,24 @@ class Learner(_Section, frozen=True):
     """Steps over which the learning rate rises linearly from 0."""
     microbatch_tokens: Positive = 8192
     """Tokens of one packed forward and backward pass."""
+    gradient_checkpointing: bool = False
+    """Layers are computed again in the backward pass instead of being kept: less memory, about a third more time."""
     threads: Positive = 1
-    """torch threads."""
+    """torch threads; of each rank."""
+    ranks: Positive = 1
+    """Processes that train together, by DeepSpeed, each on a GPU of its own where there are GPUs."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """What each rank holds only its share of: the optimizer's state; the gradient too; the weights too."""
+    offload: Literal["none", "optimizer", "weights"] = "none"
+    """What the GPU's share waits for its turn in the machine's memory; `weights`: they and the optimizer's state."""
+    hostfile: str = ""
+    """DeepSpeed's list of hosts, `<host> slots=<ranks>` a line, this machine first; empty: all ranks are here."""
     checkpoint_every_steps: Positive = 10
+    checkpoints_kept: Positive = 2
+    """Newest checkpoints that stay; beside them that of step 0, from which a run can be replayed, and the best."""
+    best_checkpoints_kept: NonNegative = 1
+    best_by: Literal["reward", "evaluation"] = "reward"
+    """What is best: the mean reward of the step, or the held-out mean of the version that it made."""
     weights_kept: Positive = 4
     """Newest versions of the weights that stay in the store; beside them the first, and what evaluations need."""
     advantage: Advantage = Advantage()
@@ -231,6 +270,12 @@ class Learner(_Section, frozen=True):
     kl: Kl = Kl()
     teacher: Teacher = Teacher()
     filter: Filter = Filter()
+    lora: Lora = Lora()
+
+    @property
+    def deepspeed(self) -> bool:
+        """Whether DeepSpeed holds the model, and not torch alone."""
+        return self.ranks > 1 or self.offload != "none"
 
 
 class Asynchrony(_Section, frozen=True):
@@ -266,6 +311,10 @@ class Toolbox(_Section, frozen=True):
     sessions: Positive = 1000
     """Sessions that one replica keeps between calls (2.8 MB each); beyond it the longest unused is closed, and made
     anew by running its calls again when it is needed."""
+    rebuild_s: Seconds = 60.0
+    """How long running a lost session's calls again may take before the trajectory fails."""
+    imports: list[str] = []
+    """Modules that Python code finds already imported (tier `ns`): `import sympy` costs each call 0.3 s otherwise."""
 
 
 class Scorer(_Section, frozen=True):
@@ -276,6 +325,23 @@ class Scorer(_Section, frozen=True):
     slots: Positive = 8
 
 
+class Gateway(_Section, frozen=True):
+    """The door for other trainers: VerlTool's tool server over this run's toolboxes; docs/verltool.md."""
+
+    host: str = "127.0.0.1"
+    """The address it listens on. Whoever reaches it may run code in the sandboxes."""
+    port: Annotated[int, Meta(ge=0, le=65535)] = 5000
+    """Each replica takes the first that is free of this and the next 15; 0: any."""
+    slots: Positive = 1024
+    """Actions that one replica has under way at once."""
+    waiting: NonNegative = 10_000
+    """Further ones that wait for a slot; a request beyond them is answered with 503 and `Retry-After`."""
+    idle_s: Seconds = 3600.0
+    """A trajectory of which nothing is asked for so long has expired, and its sessions are closed."""
+    done_if_invalid: bool = False
+    """Whether an action in which no call is found ends its trajectory."""
+
+
 class Replicas(_Section, frozen=True):
     """How many processes of each role the supervisor starts; `actors run` adds more."""
 
@@ -284,6 +350,8 @@ class Replicas(_Section, frozen=True):
     scorer: NonNegative = 1
     recorder: Annotated[int, Meta(ge=0, le=1)] = 1
     """Writes the archive for analytics, docs/archive.md; a second one would only stand by."""
+    gateway: NonNegative = 0
+    """`actors serve` starts one at least."""
 
 
 class Evaluation(_Section, frozen=True):
@@ -331,6 +399,7 @@ class Recipe(_Section, frozen=True):
     generator: Generator = Generator()
     toolbox: Toolbox = Toolbox()
     scorer: Scorer = Scorer()
+    gateway: Gateway = Gateway()
     replicas: Replicas = Replicas()
     evaluation: Evaluation = Evaluation()
     deadlines: Deadlines = Deadlines()

@@ -25,6 +25,7 @@ from schemas.events import (
     Evaluated,
     Expired,
     Failed,
+    Finished,
     Result,
     Scored,
     Started,
@@ -60,6 +61,7 @@ class Hop(NamedTuple):
     stage: str
     """`gen`, `tool` or `score`."""
     tool: str = ""
+    """The queue of the call's tool; see Call."""
 
 
 class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +74,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     results: list[Result] = []
     """Of all turns, in order; a result names its turn and call."""
     scored: Scored | None = None
-    end: Evaluated | Expired | Failed | Dropped | None = None
+    end: Evaluated | Expired | Failed | Dropped | Finished | None = None
     seq: int = 0
     """The log sequence of the last event folded; the next append expects it."""
 
@@ -132,14 +134,14 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def next_hop(self) -> Hop | None:
-        """Who acts next; None once it is scored or ended."""
+        """Who acts next; None once it is scored or ended, and when an external one's policy is to act."""
         if self.end or self.scored:
             return None
-        if self.turns and self.turns[-1].last:
+        if (self.turns and self.turns[-1].last) or (self.results and self.results[-1].last):
             return Hop("score")
         if call := self.next_call:
-            return Hop("tool", call[1].tool)
-        return Hop("gen")
+            return Hop("tool", call[1].queue)
+        return None if self.admitted.purpose == "external" else Hop("gen")
 
 
 def fold(state: Trajectory | None, event: AnyTrajectoryEvent, seq: int) -> Trajectory:

@@ -3,6 +3,8 @@
 `st.from_type(Turn)`, for any message, event or recipe, gives valid ones.
 """
 
+import shutil
+import subprocess
 import typing
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -47,6 +49,21 @@ async def bus(server: EmbeddedServer) -> AsyncIterator[Bus]:
 async def log(bus: Bus) -> AsyncIterator[Log]:
     async with open_log(bus, RUN) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def worker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """examples/tool-worker-node with its packages, and a tool that also goes wrong."""
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed: examples/tool-worker-node is not tested")
+    here = Path(__file__).parent
+    folder = tmp_path_factory.mktemp("worker") / "node"
+    shutil.copytree(here.parent / "examples" / "tool-worker-node", folder)
+    shutil.copy(here / "tool_workers" / "odd_word_count.mjs", folder)
+    install = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"]
+    done = subprocess.run(install, cwd=folder, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 # -- values of every schema ------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from schemas.recipe import Recipe
 RECIPE = Path(__file__).parents[1] / "recipes" / "arithmetic.toml"
 COMMANDS = [
     *("train", "run", "stop", "pause", "resume", "eval", "ps", "tail", "show", "flow"),
-    *("archive", "dead", "verify", "replay"),
+    *("archive", "dead", "verify", "replay", "compare", "export"),
 ]
 
 

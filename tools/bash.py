@@ -4,6 +4,7 @@ from msgspec.structs import replace
 
 from tools.function import tool
 from tools.outcome import observe, session_of
+from tools.sandbox.sandbox import Outcome
 from tools.tool import Context, Observation
 
 
@@ -19,7 +20,11 @@ async def bash(context: Context, command: str) -> Observation:
     """
     session = await session_of(context, "bash")
     outcome = await session.run(command, limits=context.limits)
-    observation = observe(outcome, context.limits)
+    return with_exit_code(observe(outcome, context.limits), outcome)
+
+
+def with_exit_code(observation: Observation, outcome: Outcome) -> Observation:
+    """What a command printed, and its exit code where that is an error and not told already."""
     if outcome.reason == "exit" and outcome.exit_code > 0 and outcome.output:
         text = observation.text
         newline = "" if text.endswith("\n") else "\n"

@@ -18,7 +18,7 @@ import typing
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from copy import copy
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import docstring_parser
 import msgspec
@@ -45,18 +45,23 @@ class ToolFunction(Protocol):
 
 def tool(
     *,
-    session: bool = False,
+    session: bool | Literal["unreplayable"] = False,
     effects: Effects = "none",
     ends: bool = False,
     keep: Keep = "both",
     options: type[Options] = Options,
     opens: Opens | None = None,
 ) -> "Callable[[ToolFunction], FunctionTool]":
-    """Say of a function what its signature cannot; see Tool for what each means."""
+    """Say of a function what its signature cannot; see Tool for what each means.
+
+    A session is `unreplayable` when its calls, run again, do not lead to the same state.
+    """
 
     def declare(function: ToolFunction) -> FunctionTool:
         declared = FunctionTool(function)
-        declared.session, declared.effects, declared.ends = session, effects, ends
+        declared.session = bool(session)
+        declared.replay = session != "unreplayable" and effects == "none"
+        declared.effects, declared.ends = effects, ends
         declared.keep, declared.options, declared.opens = keep, options(), opens
         return declared
 

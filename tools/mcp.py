@@ -7,6 +7,10 @@
     url = "https://tickets.example/mcp"             # over streamable HTTP
     headers = { Authorization = "env:TICKETS_AUTHORIZATION" }
 
+A server may keep a state: each trajectory has a connection of its own (over standard input and output: a process),
+closed when it ends, unless all that the server offers says that it only reads. Where it is lost, the trajectory fails,
+since calls that act on the world do not run again.
+
 The policy sees each function as `<server>__<function>`. They are listed once, when the run begins, and written into its
 recipe: all replicas and the whole run show the same ones. A server runs with the rights of the toolbox: choose whom to
 trust.
@@ -57,6 +61,8 @@ class Server(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     headers: dict[str, str] = {}
     functions: list[str] = []
     """Only these; empty: all."""
+    connection: Literal["auto", "trajectory", "shared"] = "auto"
+    """One for each trajectory, or one for all of a toolbox's; `auto`: shared where all functions say they only read."""
 
 
 class McpOptions(Options, frozen=True):
@@ -99,6 +105,15 @@ class Mcp(Tool):
         reads_only = all(one.reads_only for one in listed)
         auto: Effects = "none" if reads_only else "external"
         self.effects = auto if options.effects == "auto" else options.effects
+        self._own = {
+            name
+            for name, server in options.servers.items()
+            if server.connection == "trajectory"
+            or (server.connection == "auto" and not _reads_only(name, listed))
+        }
+        self.session = bool(self._own)
+        self.replay = self.effects == "none"
+        self._recipe_dir = ""
         self._connections: dict[str, Connection] = {}
 
     def configured(self, options: dict[str, Any]) -> "Mcp":
@@ -132,6 +147,7 @@ class Mcp(Tool):
         except ModuleNotFoundError as error:
             detail = f"mcp needs {error.name}: install agentic-actors[tools]"
             raise ToolError("not_installed", detail) from error
+        self._recipe_dir = place.recipe_dir
         async with AsyncExitStack() as stack:
             for name, server in self.options.servers.items():
                 self._connections[name] = connection = Connection(name, server, place.recipe_dir)
@@ -154,10 +170,24 @@ class Mcp(Tool):
             )
         wall_s = context.limits.wall_s
         try:
-            result = await self._connections[listed.server].call(listed.name, given, wall_s)
+            result = await self._connection(context, listed.server).call(listed.name, given, wall_s)
         except TimeoutError:
             return Observation(text=f"Timed out after {wall_s:g} s.", ok=False)
         return result if isinstance(result, Observation) else observe(result)
+
+    def _connection(self, context: Context, server: str) -> "Connection":
+        """The trajectory's own, or that of all; where no session is kept, there is just one trajectory."""
+        if context.keep is None or server not in self._own:
+            return self._connections[server]
+        from tools.mcp_client import Connection
+
+        own: Connection = context.keep(
+            server,
+            lambda: Connection(
+                server, self.options.servers[server], self._recipe_dir, in_session=True
+            ),
+        )
+        return own
 
 
 mcp = Mcp()
@@ -193,6 +223,10 @@ def _show(block: "ContentBlock") -> tuple[str, Image | None]:
             kind = block.resource.mime_type or "bytes"
             return text if text is not None else f"[{block.resource.uri}, {kind}]", None
     return f"[{block.type}]", None
+
+
+def _reads_only(server: str, listed: list[Listed]) -> bool:
+    return all(one.reads_only for one in listed if one.server == server)
 
 
 def _listed(server: str, tool: Any) -> Listed:

@@ -5,7 +5,7 @@ The SDK wants a connection to be opened and closed by one task: a task of its ow
 
 import asyncio
 import os
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,19 @@ if TYPE_CHECKING:
 _CONNECT_S = 30.0
 _MAX_PAGES = 100
 _HTTP_READ_S = 300.0
+_SESSION_TERMINATED = "Session terminated"
+"""What the SDK makes of a server over HTTP that does not know the session: it was restarted, or waited long enough."""
 
 
 class Connection:
-    """One server. Connects when first asked, and anew after the connection was lost."""
+    """One server. Connects when first asked, and, unless a session was on it, anew after the connection was lost."""
 
-    def __init__(self, name: str, server: "Server", recipe_dir: str) -> None:
+    def __init__(
+        self, name: str, server: "Server", recipe_dir: str, *, in_session: bool = False
+    ) -> None:
+        """`in_session`: one trajectory's own, on which the server may keep a state."""
+        self._in_session = in_session
+        self._begun = False
         self._name = name
         self._server = server
         self._recipe_dir = recipe_dir
@@ -65,7 +72,7 @@ class Connection:
         except MCPError as error:
             if error.code == REQUEST_TIMEOUT:
                 raise TimeoutError from error
-            if error.code == CONNECTION_CLOSED:
+            if error.code == CONNECTION_CLOSED or error.message == _SESSION_TERMINATED:
                 await self.close()
                 raise self._failed(error) from error
             return Observation(text=f"Error: {error.message}", ok=False)
@@ -84,12 +91,15 @@ class Connection:
             if self._holder is not None and self._holder.done():
                 self._holder = self._client = None
             if self._client is None:
+                if self._begun and self._in_session:
+                    raise self._failed("the connection was lost, and its session with it")
                 self._let_go = asyncio.Event()
                 opened: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
                 self._holder = asyncio.create_task(
                     self._hold(opened, self._let_go), name=f"mcp {self._name}"
                 )
                 self._client = await opened
+                self._begun = True
             return self._client
 
     async def _hold(self, opened: asyncio.Future[Client], let_go: asyncio.Event) -> None:
@@ -97,7 +107,7 @@ class Connection:
         try:
             async with AsyncExitStack() as stack:
                 async with asyncio.timeout(_CONNECT_S):
-                    client = await stack.enter_async_context(self._open(stack))
+                    client = await self._connect(stack)
                 opened.set_result(client)
                 await let_go.wait()
         except (OSError, ValueError, RuntimeError, MCPError, httpx2.HTTPError) as error:
@@ -110,7 +120,14 @@ class Connection:
         if not opened.done():
             opened.set_exception(self._failed(error))
 
-    def _open(self, stack: AsyncExitStack) -> Client:
+    async def _connect(self, stack: AsyncExitStack) -> Client:
+        """Over HTTP only the older protocol has sessions; a server may know just the newer one."""
+        if self._in_session:
+            with suppress(MCPError):
+                return await stack.enter_async_context(self._open(stack, "legacy"))
+        return await stack.enter_async_context(self._open(stack, "auto"))
+
+    def _open(self, stack: AsyncExitStack, mode: str) -> Client:
         server = self._server
         if server.command:
             program, *arguments = (_from_environment(part) for part in server.command)
@@ -120,14 +137,15 @@ class Connection:
                     args=arguments,
                     env={name: _from_environment(value) for name, value in server.env.items()},
                     cwd=Path(self._recipe_dir, server.folder).resolve(),
-                )
+                ),
+                mode=mode,
             )
         http = httpx2.AsyncClient(
             headers={name: _from_environment(value) for name, value in server.headers.items()},
             timeout=httpx2.Timeout(_CONNECT_S, read=_HTTP_READ_S),
         )
         stack.push_async_callback(http.aclose)
-        return Client(streamable_http_client(server.url, http_client=http))
+        return Client(streamable_http_client(server.url, http_client=http), mode=mode)
 
     def _failed(self, why: object) -> ToolError:
         while isinstance(why, ExceptionGroup):

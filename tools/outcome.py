@@ -18,11 +18,11 @@ def with_figures(limits: Limits) -> Limits:
     return replace(limits, image_bytes=_FIGURES_BYTES)
 
 
-async def session_of(context: Context, kind: SessionKind) -> Session:
+async def session_of(context: Context, kind: SessionKind, *limits: Limits) -> Session:
     """The session of this call. Raises ToolError where the tool is run without any."""
     if context.session is None:
         raise ToolError("no_session", f"this needs a {kind} session, and none is kept here")
-    return await context.session(kind)
+    return await context.session(kind, *limits)
 
 
 def observe(outcome: Outcome, limits: Limits) -> Observation:

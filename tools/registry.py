@@ -26,6 +26,7 @@ BUILT_IN = {
     "finish": "tools.finish:finish",
     "image": "tools.image:image",
     "mcp": "tools.mcp:mcp",
+    "repo": "tools.repo:repo",
     "search": "tools.search:search",
     "sql": "tools.sql:sql",
     "visit": "tools.visit:visit",

@@ -12,13 +12,26 @@ import msgspec
 from msgspec import Meta
 
 from schemas.events import Call
-from tools.sandbox.sandbox import Limits, Outcome, Session, SessionKind
+from tools.sandbox.sandbox import Limits, Outcome, Session
 
 Run = Callable[..., Awaitable[Outcome]]
 """`await run(code, stdin=…, limits=…)`: Python code in a fresh sandbox; see Sandbox.run."""
 
-OpenSession = Callable[[SessionKind], Awaitable[Session]]
-"""`await session("bash")`: the session that this tool keeps for the trajectory, or a new one when that has ended."""
+OpenSession = Callable[..., Awaitable[Session]]
+"""`await session("bash")`: the session that this tool keeps for the trajectory, or a new one when that has ended.
+`Limits` may follow: those of a new one."""
+
+
+class Closes(Protocol):
+    """What a tool keeps for a trajectory beside sandbox sessions."""
+
+    async def close(self) -> None:
+        """Free it. Safe to call twice."""
+        ...
+
+
+KeepOpen = Callable[[str, Callable[[], Closes]], Any]
+"""`keep("name", make)`: what `make` has made for this trajectory, once; closed with the trajectory's session."""
 
 Keep = Literal["head", "tail", "both"]
 """Which side of an observation stays when it is too long."""
@@ -50,7 +63,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     task: dict[str, Any]
     """The task row's `public.extra`."""
     session: OpenSession | None = None
-    """For a tool with `session = True`."""
+    """For a tool with `session = True`; so is `keep`."""
+    keep: KeepOpen | None = None
     images: list[LoadImage] = []
     """The images of the trajectory's earlier observations, in order, each to be loaded."""
     options: Any = None
@@ -67,6 +81,10 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """False for an error of the policy's own making: still an observation."""
     images: list[Image] = []
     """One for each PLACEHOLDER in the text, in order; those beyond the placeholders come after the text."""
+    handed_in: bytes = b""
+    """For the reward, not for the policy."""
+    last: bool = False
+    """The trajectory ends with it; the policy does not see it."""
 
 
 class Function(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,6 +139,8 @@ class Tool(Protocol):
     options: Options
     session: bool = False
     """Calls of one trajectory share a state that one replica keeps."""
+    replay: bool = True
+    """A session that is lost may be made anew by running its calls again; else the trajectory fails."""
     effects: Effects = "none"
     ends: bool = False
     """A turn that calls it is the trajectory's last; the call itself is the answer and is not run."""

@@ -278,7 +278,7 @@ def _learn(folder: Path, batch: Batch, config: recipe.Recipe, survey: Survey | N
     tokens = tokens_of(batch.groups, 1, config, survey or Survey())
     objective = Objective(config, tokens, (0, 1))
     total = 0.0
-    for micro in pack(batch.groups, 64, row_tokens=16):
+    for micro in pack(batch.groups, 64):
         gradient = config.learner.loss.entropy > 0
         now = sampled_logprobs(policy.model, micro, 1.0, torch.float32, gradient)
         loss = objective(micro, now).loss / objective.divisor

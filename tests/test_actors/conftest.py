@@ -1,19 +1,33 @@
 """The smallest model of the recipes: its tokenizer and chat template are what the hops need."""
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from math import log as ln
 from pathlib import Path
 
 import pytest
 
 from actors import run_folder
+from actors.process import join
+from bus import private
 from bus.connection import Bus, connect
 from bus.embedded import EmbeddedServer
 from bus.log import Log, open_log
 from bus.provision import provision
 from recipes.arithmetic import model
-from schemas.events import Opened
+from schemas.events import (
+    Admitted,
+    AnyTrajectoryEvent,
+    Ended,
+    Opened,
+    Scored,
+    Stepped,
+    Turn,
+)
 from schemas.recipe import Policy, Recipe
+from schemas.task import ChatMessage, PublicPart
+from schemas.tokens import Tokens
 
 AtHome = Callable[[], AbstractAsyncContextManager[tuple[Bus, Log]]]
 
@@ -44,3 +58,64 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AtHome:
         server.stop()
 
     return open_home
+
+
+# -- a run whose trajectories are written here, and whose learner is real --------------------------
+
+UNIFORM = -ln(32)
+"""Near what an untrained model says of any token of a vocabulary so small."""
+
+Learn = Callable[[str, Recipe, Mapping[str, Sequence[str]]], Coroutine[None, None, None]]
+
+
+def _life(name: str, text: str, number: int) -> list[AnyTrajectoryEvent]:
+    """A trajectory that answered `text`; 42 is right."""
+    tokens = Tokens.given([1, 2, 3]) + Tokens.sampled([4 + number, 5, 6], [UNIFORM] * 3, [0] * 3)
+    return [
+        Admitted(
+            trajectory=name,
+            task=name.partition("-")[0],
+            public=PublicPart(messages=[ChatMessage(role="user", content="What is 6 * 7?")]),
+            private_key=name.partition("-")[0],
+        ),
+        Turn(trajectory=name, tokens=tokens, text=text, last=True),
+        Scored(trajectory=name, reward=float(text == "42"), parts={"answered": 1.0}),
+    ]
+
+
+@pytest.fixture(scope="session")
+def learn() -> Learn:
+    """Writes a run's log, of groups with their members' answers, and lets a learner train on it to its end."""
+
+    async def write(log: Log, bus: Bus, groups: Mapping[str, Sequence[str]]) -> None:
+        for group, texts in groups.items():
+            await private.put_private(bus, log.run, group, {"answer": "42"})
+            for member, text in enumerate(texts):
+                seq = 0
+                for event in _life(f"{group}-{member}-0", text, member):
+                    seq = await log.append(event, seq)
+
+    async def end(log: Log, steps: int) -> None:
+        async for found in log.follow():
+            if any(isinstance(s.event, Stepped) and s.event.step == steps for s in found):
+                await log.append_run(Ended(reason="all steps done"))
+                return
+
+    async def learn_all(run: str, recipe: Recipe, groups: Mapping[str, Sequence[str]]) -> None:
+        from actors.training import Training
+
+        server = EmbeddedServer(run_folder.RunFolder(run).nats)
+        server.start()
+        try:
+            async with connect(server.endpoint, "test") as bus, open_log(bus, run) as log:
+                await provision(bus, run, [])
+                await log.append_run(Opened(recipe=recipe))
+                await write(log, bus, groups)
+                async with asyncio.timeout(90), asyncio.TaskGroup() as tasks:
+                    tasks.create_task(end(log, recipe.learner.steps))
+                    async with join(server.endpoint, run, "learner", asyncio.Event()) as process:
+                        await Training(process).serve()
+        finally:
+            server.stop()
+
+    return learn_all

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from actors.calling import Calling
 from actors.generator import Generator, Policies
 from actors.images import Images
 from actors.toolbox import Toolbox
@@ -73,7 +74,9 @@ def ask(model_folder: Path, tmp_path: Path) -> Callable[..., Any]:
         config = recipe.tools
         tools = load_tools(config.use)
         formats = open_format(config.format, tools, config.tags, chat.write_calls)
-        generator = Generator(recipe, Policies(engine, no_other), chat, formats, "generator-1")
+        generator = Generator(
+            recipe, Policies(engine, no_other), chat, Calling(formats), "generator-1"
+        )
         turn = await generator.handle(state)
         given = [i for i, own in zip(turn.tokens.ids_T, turn.tokens.mask, strict=True) if not own]
         return turn, chat.decode(given)

@@ -43,11 +43,11 @@ async def test_what_is_to_be_evaluated_stays_until_a_later_one_is(bus: Bus) -> N
     """The dispatcher may see a version long after it was made; it begins with older ones first."""
     cleaning = old_weights(bus)
     assert cleaning.keep(25) == {0, 10, 20, 23, 24, 25}
-    cleaning.observe(evaluation(0))
-    cleaning.observe(evaluation(10))
+    cleaning.observe(evaluation(0), 1)
+    cleaning.observe(evaluation(10), 1)
     assert cleaning.keep(25) == {0, 10, 20, 23, 24, 25}
-    cleaning.observe(evaluation(20))
-    cleaning.observe(Evaluated(trajectory="e10x0-0-0", reward=1.0))
+    cleaning.observe(evaluation(20), 1)
+    cleaning.observe(Evaluated(trajectory="e10x0-0-0", reward=1.0), 1)
     assert cleaning.keep(25) == {0, 20, 23, 24, 25}
 
 
@@ -55,13 +55,13 @@ async def test_what_an_evaluation_in_flight_is_pinned_to_stays(bus: Bus) -> None
     """Also between a first attempt that failed and its second."""
     cleaning = old_weights(bus)
     for version in (10, 20, 30):
-        cleaning.observe(evaluation(version))
+        cleaning.observe(evaluation(version), 1)
     assert 10 in cleaning.keep(50)
-    cleaning.observe(Failed(trajectory="e10x0-0-0", cause=CAUSE))
+    cleaning.observe(Failed(trajectory="e10x0-0-0", cause=CAUSE), 1)
     assert 10 in cleaning.keep(50)
-    cleaning.observe(evaluation(10, attempt=1))
-    cleaning.observe(Failed(trajectory="e10x0-0-1", cause=CAUSE))
-    cleaning.observe(Evaluated(trajectory="e20x0-0-0", reward=0.0))
+    cleaning.observe(evaluation(10, attempt=1), 1)
+    cleaning.observe(Failed(trajectory="e10x0-0-1", cause=CAUSE), 1)
+    cleaning.observe(Evaluated(trajectory="e20x0-0-0", reward=0.0), 1)
     assert cleaning.keep(35) == {0, 30, 33, 34, 35}
 
 

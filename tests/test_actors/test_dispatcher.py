@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from msgspec.structs import replace
 
 from actors.decisions import Admit, Decision, End, Finish, Sweep, View, Wake
-from actors.dispatcher import Dispatcher, place_seed
+from actors.dispatcher import Dispatcher
+from actors.tasks import place_seed
 from bus.work import Queue
 from schemas.events import (
     Admitted,
@@ -482,6 +483,22 @@ def test_a_group_with_a_stale_member_is_expired_and_its_task_comes_again() -> No
     assert played.admit(version=2) == ["g0r1-0-0", "g0r1-1-0"]
     again = played.admitted[-1]
     assert (again.task, again.private_key, again.min_policy_version) == ("r0", "g0", 2)
+
+
+def test_a_member_admitted_after_its_group_was_closed_is_dropped() -> None:
+    """By a dispatcher that had lost its lease. It makes no new group, holds no slot, and the run can end."""
+    played = Played()
+    first = next(each for each in played.decide() if isinstance(each, Admit))
+    early, late = first.events
+    played.append(early, Expired(trajectory="g0-0-0", reason=""))
+    assert "g0r1-0-0" in played.admit()
+    groups = set(played.dispatcher.groups)
+    played.append(late)
+    assert set(played.dispatcher.groups) == groups
+    decisions = played.decide()
+    assert ended(decisions) == [late.trajectory] == ["g0-1-0"]
+    assert played.carry_out(decisions) == []
+    assert played.decide() == []
 
 
 def test_a_group_expired_in_part_is_repeated_once() -> None:

@@ -9,14 +9,16 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from actors import bookmarks
 from actors.accounts import Accounts
 from actors.decisions import Admit, Decision, End, Finish, Sweep, View
 from actors.dispatcher import ATTEMPTS, Dispatcher
-from actors.learner import Planner
+from actors.learner import LogPlace, Planner
 from actors.tasks import base_of
 from bus.work import Queue
 from schemas.events import (
@@ -39,7 +41,7 @@ from schemas.events import (
     TrajectoryEvent,
     Turn,
 )
-from schemas.messages import DeadLetter
+from schemas.messages import Bookmark, DeadLetter
 from schemas.recipe import (
     Asynchrony,
     Deadlines,
@@ -66,6 +68,22 @@ HELD_OUT = [TaskRow(id=f"h{i}", public=PublicPart(messages=[])) for i in range(2
 REWARD = st.sampled_from([0.0, 0.0, 1.0])
 
 
+def know(dispatcher: Dispatcher) -> tuple[object, ...]:
+    """All that its decisions follow from, but for the times."""
+    live = {name: (each.place, each.seq, each.fresh) for name, each in dispatcher.live.items()}
+    groups = {name: vars(group) for name, group in dispatcher.groups.items()}
+    tasks = [task.group for task in itertools.islice(dispatcher._tasks.upcoming(0), 9)]
+    held_out = [task.group for task in dispatcher._evaluations.upcoming(3)]
+    steps = (dispatcher._steps_begun, dispatcher._steps_done, dispatcher.paused, dispatcher.ended)
+    return live, groups, tasks, held_out, steps, dispatcher._fresh, dispatcher._strays
+
+
+@pytest.fixture(autouse=True)
+def short_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have bookmarks."""
+    monkeypatch.setattr(bookmarks, "EVERY", 3)
+
+
 def rows() -> Iterator[TaskRow]:
     return (TaskRow(id=f"r{i}", public=PublicPart(messages=[])) for i in itertools.count())
 
@@ -83,6 +101,8 @@ class Run(RuleBasedStateMachine):
         self.version = 0
         self.now_s = 0.0
         self.letters: list[DeadLetter] = []
+        self.bookmark: Bookmark | None = None
+        self.checkpoint = (0, LogPlace())
         self.restart_dispatcher()
         self.restart_learner()
 
@@ -114,14 +134,26 @@ class Run(RuleBasedStateMachine):
 
     @rule()
     def restart_dispatcher(self) -> None:
-        """A standby takes over: it knows the log and nothing else."""
-        self.dispatcher = Dispatcher(RECIPE, rows(), HELD_OUT, "dispatcher")
-        self.read = 0
+        """A standby takes over: it knows the log and nothing else, and reads it from the bookmark on."""
+        whole = self.new_dispatcher(None)
+        self.dispatcher = self.new_dispatcher(self.bookmark)
+        self.read = len(self.log)
+        assert know(self.dispatcher) == know(whole)
+
+    def new_dispatcher(self, bookmark: Bookmark | None) -> Dispatcher:
+        made = Dispatcher(RECIPE, rows(), HELD_OUT, "dispatcher")
+        if bookmark:
+            made.resume(bookmark)
+        for seq, event in enumerate(self.log, 1):
+            if not bookmark or seq > bookmark.seq or isinstance(event, Paused | Resumed | Ended):
+                made.observe(event, seq, self.now_s)
+        return made
 
     def view(self, data: st.DataObject | None = None) -> View:
         while self.read < len(self.log):
             self.dispatcher.observe(self.log[self.read], self.read + 1, self.now_s)
             self.read += 1
+        self.bookmark = self.dispatcher.mark(self.read) or self.bookmark
         held = data.draw(st.booleans()) if data else False
         backlog = data.draw(st.booleans()) if data else False
         return View(
@@ -240,11 +272,33 @@ class Run(RuleBasedStateMachine):
 
     # -- the learner -------------------------------------------------------------------------------
 
+    @rule(whole=st.booleans())
+    def restart_learner(self, whole: bool = True) -> None:
+        """Every step begun and not in the checkpoint is a batch again; without one all of them are."""
+        step, place = (0, LogPlace()) if whole else self.checkpoint
+        self.planner = Planner(RECIPE, step, "learner", place.learner_seq)
+        self.planned = place.read_seq
+        if not whole:
+            self.catch_up_learner()
+            self.compare_with_one_that_read_all(step)
+
+    def compare_with_one_that_read_all(self, step: int) -> None:
+        planner = Planner(RECIPE, step, "learner")
+        for seq, event in enumerate(self.log, 1):
+            planner.observe(event, seq, float(seq))
+        for what in ("seq", "step", "batches", "trajectories", "without_signal"):
+            assert getattr(self.planner, what) == getattr(planner, what)
+        assert self.planner.filters(self.version) == planner.filters(self.version)
+        assert self.planner.plan(self.version) == planner.plan(self.version)
+
     @rule()
-    def restart_learner(self) -> None:
-        """Nothing is in its checkpoint: every step begun is a batch again."""
-        self.planner = Planner(RECIPE, 0, "learner")
-        self.planned = 0
+    def take_checkpoint(self) -> None:
+        """After a step, with whatever was read by then."""
+        step = len(self.of(Stepped))
+        if step and self.planner.step == step:
+            self.planner.batches.clear()
+            place = LogPlace(self.planner.needed_from(self.planned), self.planner.seq)
+            self.checkpoint = (step, place)
 
     def catch_up_learner(self) -> None:
         while self.planned < len(self.log):

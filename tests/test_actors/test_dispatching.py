@@ -22,6 +22,7 @@ from schemas.events import (
     Failed,
     Result,
     Scored,
+    Step,
     Turn,
 )
 from schemas.messages import DeadLetter
@@ -87,6 +88,18 @@ async def test_a_letter_is_kept_until_the_log_shows_its_end(bus: Bus, log: Log) 
     state = await log.trajectory(NAME)
     assert state is not None
     assert str(state.end.cause) == "bus.bad_message"  # type: ignore[union-attr]
+
+
+def test_a_shadow_frees_no_slot(bus: Bus, log: Log) -> None:
+    """Only what the main learner trains is trained."""
+    joined = dispatching(bus, log)
+    joined._observe(Stored(1, 0.0, "", ADMITTED), 0.0)
+    step = Step(step=1, start_version=0, trajectories=[NAME])
+    joined._observe(Stored(2, 0.0, subjects.learner(log.run, "other", "step"), step), 0.0)
+    assert NAME in joined._dispatcher.live
+    assert "g0" in joined._dispatcher.groups
+    joined._observe(Stored(3, 0.0, subjects.learner(log.run, "main", "step"), step), 0.0)
+    assert not joined._dispatcher.groups
 
 
 def test_states_for_a_barrier_are_forgotten_when_nobody_is_to_be_woken(

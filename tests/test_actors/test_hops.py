@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from actors.actor import HopFailed
+from actors.calling import Calling
 from actors.generator import Generator, Policies, turn_seed
 from actors.images import Images
 from actors.scorer import Scorer
@@ -70,7 +71,11 @@ class Stage:
         self.policies = Policies(engine, self.open_pinned)
         tools = load_tools(recipe.tools.use)
         self.generator = Generator(
-            recipe, self.policies, self.chat, open_format("tagged", tools, {}), "generator-1"
+            recipe,
+            self.policies,
+            self.chat,
+            Calling(open_format("tagged", tools, {})),
+            "generator-1",
         )
 
     async def open_pinned(self, version: int) -> Engine:

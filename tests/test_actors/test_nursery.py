@@ -56,6 +56,34 @@ async def test_a_killed_nursery_ends_its_replicas_and_is_replaced(
     assert await asyncio.wait_for((await nursery.start(order(tmp_path))).wait(), 30) == 75
 
 
+async def test_a_nursery_that_hangs_is_killed_and_replaced(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    """An order that it does not carry out in time ends it; the next one starts another."""
+    child = await nursery.start(order(tmp_path))
+    parent = psutil.Process(child.pid).parent()
+    assert parent is not None
+    await child.wait()
+    parent.suspend()
+    nursery.patience_s = 1.0
+    with pytest.raises(ConnectionResetError):
+        await nursery.start(order(tmp_path))
+    assert not parent.is_running()
+    nursery.patience_s = 60.0
+    assert await (await nursery.start(order(tmp_path))).wait() == 75
+
+
+async def test_a_nursery_that_hangs_can_be_closed(nursery: Nursery, tmp_path: Path) -> None:
+    """It does not keep whoever leaves."""
+    child = await nursery.start(order(tmp_path))
+    parent = psutil.Process(child.pid).parent()
+    assert parent is not None
+    await child.wait()
+    parent.suspend()
+    await nursery.close()
+    assert not parent.is_running()
+
+
 async def test_a_signal_is_its_status(nursery: Nursery, tmp_path: Path) -> None:
     child = await nursery.start(order(tmp_path))
     child.send_signal(signal.SIGKILL)

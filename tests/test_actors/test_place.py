@@ -31,7 +31,8 @@ def next_event(state: Trajectory, data: st.DataObject) -> AnyTrajectoryEvent:
     call, number = state.next_call[0], len(state.turns) - 1
     if state.started is None and data.draw(st.booleans()):
         return Started(trajectory=NAME, turn=number, call=call)
-    return Result(trajectory=NAME, turn=number, call=call, text="")
+    last = data.draw(st.booleans())
+    return Result(trajectory=NAME, turn=number, call=call, text="", last=last)
 
 
 @given(st.data(), st.integers(0, 12))

@@ -12,22 +12,17 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from actors.errors import UserError
-from actors.process import join
 from actors.replay import DIFFERENT, replay
 from actors.replaying import Rebuilding, StepRange
-from actors.training import Training
-from bus import private
 from bus.codec import decode, encode
 from bus.connection import connect
 from bus.embedded import EmbeddedServer
-from bus.log import Raw, open_log, open_reader, read_event
-from bus.provision import provision
+from bus.log import Raw, open_reader, read_event
 from learner.samples import Sample, batch_sha256, sample_of
 from schemas.events import (
     Admitted,
     AnyEvent,
     AnyTrajectoryEvent,
-    Ended,
     Opened,
     Result,
     Scored,
@@ -35,8 +30,7 @@ from schemas.events import (
     Stepped,
     Turn,
 )
-from schemas.recipe import Learner, Policy, Recipe, Tools
-from schemas.task import ChatMessage, PublicPart
+from schemas.recipe import Correction, Learner, Policy, Recipe, Tools
 from schemas.tokens import Tokens
 from schemas.trajectory import fold_all
 
@@ -51,28 +45,11 @@ RECIPE = Recipe(
         group_size=2,
         learning_rate=1e-3,
         checkpoint_every_steps=2,
+        correction=Correction(token="none", sequence="none"),  # or none of the tokens would count
     ),
 )
 UNIFORM = -ln(32)
 """Near what an untrained model says of any token of a vocabulary so small."""
-
-
-# -- a run whose trajectories are written here, and whose learner is real --------------------------
-
-
-def life(name: str, text: str, number: int) -> list[AnyTrajectoryEvent]:
-    """A trajectory that answered `text`; 42 is right."""
-    tokens = Tokens.given([1, 2, 3]) + Tokens.sampled([4 + number, 5, 6], [UNIFORM] * 3, [0] * 3)
-    return [
-        Admitted(
-            trajectory=name,
-            task=name.partition("-")[0],
-            public=PublicPart(messages=[ChatMessage(role="user", content="What is 6 * 7?")]),
-            private_key=name.partition("-")[0],
-        ),
-        Turn(trajectory=name, tokens=tokens, text=text, last=True),
-        Scored(trajectory=name, reward=float(text == "42"), parts={"answered": 1.0}),
-    ]
 
 
 def groups() -> Iterator[tuple[str, list[str]]]:
@@ -81,48 +58,13 @@ def groups() -> Iterator[tuple[str, list[str]]]:
         yield f"g{number}", ["7", "7"] if number == 1 else ["42", "7"]
 
 
-async def learn() -> None:
-    """Write a log and let a learner train on it, to its end."""
-    server = EmbeddedServer(runs_of(RUN) / "nats")
-    server.start()
-    try:
-        async with connect(server.endpoint, "test") as bus, open_log(bus, RUN) as log:
-            await provision(bus, RUN, [])
-            await log.append_run(Opened(recipe=RECIPE))
-            for group, texts in groups():
-                await private.put_private(bus, RUN, group, {"answer": "42"})
-                for member, text in enumerate(texts):
-                    seq = 0
-                    for event in life(f"{group}-{member}-0", text, member):
-                        seq = await log.append(event, seq)
-
-            async def end() -> None:
-                async for found in log.follow():
-                    if any(isinstance(s.event, Stepped) and s.event.step == STEPS for s in found):
-                        await log.append_run(Ended(reason="all steps done"))
-                        return
-
-            async with asyncio.timeout(90), asyncio.TaskGroup() as tasks:
-                tasks.create_task(end())
-                async with join(server.endpoint, RUN, "learner", asyncio.Event()) as process:
-                    await Training(process).serve()
-    finally:
-        server.stop()
-
-
-def runs_of(run: str) -> Path:
-    from actors.run_folder import RunFolder
-
-    return RunFolder(run).path
-
-
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def learned(tmp_path_factory: pytest.TempPathFactory, learn) -> Path:
     """The folder for runs, with a finished one in it."""
     runs = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("actors.run_folder.RUNS", runs)
-        asyncio.run(learn())
+        asyncio.run(learn(RUN, RECIPE, dict(groups())))
     return runs
 
 

@@ -121,7 +121,7 @@ async def test_an_evicted_session_is_made_anew() -> None:
         await episode.call(box, "python_session", f"x = {episode.state.id.split('-')[1]}")
     for number, episode in enumerate(episodes):
         assert await episode.call(box, "python_session", "x") == str(number)
-    assert len(box._sessions._kept) == 2
+    assert len(box.sessions._kept) == 2
     await box.close()
 
 
@@ -130,7 +130,7 @@ async def test_an_ended_trajectory_keeps_nothing(boxes: list[Toolbox]) -> None:
     await episode.call(boxes[0], "bash", "x=1")
     await episode.call(boxes[0], "python_session", "x = 1")
     await boxes[0].forget(episode.state.id)
-    assert not boxes[0]._sessions._kept
+    assert not boxes[0].sessions._kept
     assert await episode.call(boxes[0], "bash", "echo $x") == "1", "late, and made anew"
 
 

@@ -75,6 +75,7 @@ def test_every_event_is_one_line(kind: str) -> None:
         ("step", "9 begins with 2 trajectories"),
         ("stepped", "9 made version 9, loss -0.1250"),
         ("warmed", "20/200 loss 2.500"),
+        ("joined", "learner.learning_rate=1e-4"),
         ("stopping", "`actors stop`"),
         ("ended", "all steps done"),
     ],

@@ -23,7 +23,7 @@ async def engine(request: pytest.FixtureRequest, make_folder: MakeFolder) -> Asy
     made: Engine
     if request.param == "scripted":
         made = ScriptedEngine.open(
-            folder, lambda _text, seed: f"{seed} " * 200, seconds_per_token=1e-4
+            folder, lambda _text, seed: f"{seed} " * 200, seconds_per_token=1e-3
         )
     else:
         made = TransformersEngine.open(folder, dtype="float32", slots=4, threads=1, device="cpu")

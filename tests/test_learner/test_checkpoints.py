@@ -1,6 +1,8 @@
 """A resumed run goes on as if it had never stopped."""
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from learner.checkpoints import (
+    CheckpointWriter,
+    best_steps,
     checkpoint_path,
+    checkpoints,
     latest_checkpoint,
     prune_checkpoints,
     step_of,
@@ -174,3 +179,74 @@ def test_the_first_checkpoint_stays(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path, 8) == checkpoint_path(tmp_path, 6)
     assert latest_checkpoint(tmp_path, 5) == checkpoint_path(tmp_path, 0)
     assert latest_checkpoint(tmp_path, -1) is None
+
+
+# -- beside training -------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_the_snapshot(policy: Policy, make_groups, tmp_path: Path) -> None:
+    """Steps made meanwhile change nothing of it."""
+    writer = CheckpointWriter(tmp_path, keep=2)
+    snapshot = list(policy.checkpoint_files(0))
+    writer.write(0, snapshot, {})
+    policy.train_step(make_groups(), 1)
+    writer.wait()
+    path = checkpoint_path(tmp_path, 0)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == dict(snapshot)
+    first = sha(policy)
+    assert policy.load_checkpoint(path) == 0
+    assert sha(policy) != first
+
+
+def test_the_best_stay(tmp_path: Path) -> None:
+    """By their scores, of equal ones the later; beside the newest and that of step 0."""
+    writer = CheckpointWriter(tmp_path, keep=1, keep_best=2)
+    scores = {2: 0.5, 4: 0.9, 6: 0.7, 8: 0.9, 10: 0.1}
+    for step in range(0, 11, 2):
+        known = {each: score for each, score in scores.items() if each <= step}
+        writer.write(step, [("state.json", b"{}")], known)
+    writer.wait()
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [0, 4, 8, 10]
+    assert best_steps(tmp_path, scores, 1) == [8]
+    assert best_steps(tmp_path, {}, 1) == []
+
+
+def test_what_could_not_be_written_is_told(tmp_path: Path) -> None:
+    """When the next one is begun, or at the end."""
+    (tmp_path / "file").write_bytes(b"")
+    writer = CheckpointWriter(tmp_path / "file", keep=1)
+    writer.write(0, [("state.json", b"{}")], {})
+    with pytest.raises(OSError, match="file"):
+        writer.write(2, [("state.json", b"{}")], {})
+
+
+DYING = """
+import sys
+from pathlib import Path
+from learner.checkpoints import CheckpointWriter
+
+writer = CheckpointWriter(Path(sys.argv[1]), keep=1)
+for step in range(1, 100_000):
+    content = str(step).encode() * 20_000
+    writer.write(step, [(name, content) for name in ("a", "b", "c")], {})
+    print(step, flush=True)
+"""
+
+
+def test_a_kill_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Whenever it comes: the newest there is holds what one step wrote, and of no older step than the last but one."""
+    for kill in range(4):
+        folder = tmp_path / str(kill)
+        child = subprocess.Popen(
+            [sys.executable, "-c", DYING, folder], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        for _ in range(5 + kill):
+            begun = int(child.stdout.readline())
+        child.kill()
+        child.communicate()
+        newest = latest_checkpoint(folder)
+        assert newest is not None
+        assert step_of(newest) >= begun - 1
+        content = str(step_of(newest)).encode() * 20_000
+        assert [file.read_bytes() for file in sorted(newest.iterdir())] == [content] * 3

@@ -11,6 +11,7 @@ import torch
 from actors import training
 from actors.cleaning import OldWeights
 from actors.learner import Planner
+from actors.scores import Scores
 from learner.combination import contradictions
 from learner.policy import Policy
 from schemas import recipe
@@ -63,6 +64,10 @@ TRAINED = {
     "kl.behaviour_coefficient": ({}, 0.5),
     "teacher.folder": ({}, "other"),
     "teacher.coefficient": ({"teacher.folder": "other"}, 0.2),
+    "lora.rank": ({}, 2),
+    "lora.alpha": ({"lora.rank": 2}, 99.0),
+    "lora.dropout": ({"lora.rank": 2}, 0.5),
+    "lora.target": ({"lora.rank": 2}, ["q_proj"]),
 }
 PLANNED = {
     "steps": 0,
@@ -73,7 +78,17 @@ PLANNED = {
     "filter.zero_variance": False,
     "filter.mean_reward": [0.6, 0.9],
 }
-KEPT = {"checkpoint_every_steps", "weights_kept"}
+KEPT = {
+    "checkpoint_every_steps",
+    "weights_kept",
+    "checkpoints_kept",
+    "best_checkpoints_kept",
+    "best_by",
+}
+DIVIDED = {"ranks", "hostfile", "zero_stage", "offload"}
+"""Among processes: test_actors/test_ranks.py and test_deepspeed_policy.py see that, and that nothing else changes."""
+RECOMPUTED = {"gradient_checkpointing"}
+"""Changes nothing that is trained: test_models.py sees what it keeps."""
 
 
 def keys(table: type = recipe.Learner, path: str = "") -> set[str]:
@@ -100,7 +115,7 @@ def with_keys(base: recipe.Recipe, changes: dict[str, object]) -> recipe.Recipe:
 
 def test_every_key_is_here() -> None:
     """Once."""
-    assert sorted([*TRAINED, *PLANNED, *KEPT]) == sorted(keys())
+    assert sorted([*TRAINED, *PLANNED, *KEPT, *RECOMPUTED, *DIVIDED]) == sorted(keys())
 
 
 # -- what is trained -------------------------------------------------------------------------------
@@ -221,3 +236,6 @@ def test_what_is_kept() -> None:
     """How often a checkpoint is written and how many weights stay are read where that is done."""
     assert "checkpoint_every_steps" in training.Training._train_batch.__code__.co_names
     assert "weights_kept" in OldWeights.__init__.__code__.co_names
+    kept = {"checkpoints_kept", "best_checkpoints_kept"}
+    assert kept <= set(training.Training.__init__.__code__.co_names)
+    assert "best_by" in Scores.by_step.__code__.co_names

@@ -37,7 +37,7 @@ def test_equals_the_plain_forward(make_model, make_sample, temperature: float) -
     """log softmax(logits / temperature) of each sampled token, and that distribution's entropy."""
     model = make_model()
     sample = make_sample([5, 6, 7, 8, 9, 10], [0, 0, 1, 1, 0, 1])
-    (batch,) = pack([[sample]], microbatch_tokens=64, row_tokens=8)
+    (batch,) = pack([[sample]], microbatch_tokens=64)
     now = sampled_logprobs(model, batch, temperature, torch.float32)
     logits_TV = model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]])).logits[0] / temperature
     expected_TV = logits_TV.log_softmax(-1)
@@ -48,10 +48,28 @@ def test_equals_the_plain_forward(make_model, make_sample, temperature: float) -
     assert not now.entropies_K.requires_grad
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_gradients_equal_those_of_the_plain_forward(make_model, make_sample, weight) -> None:
+    """Of log-probabilities, and of entropies where they have one, under a temperature."""
+    model = make_model()
+    sample = make_sample([5, 6, 7, 8, 9, 10], [0, 0, 1, 1, 0, 1])
+    (batch,) = pack([[sample]], microbatch_tokens=64)
+    now = sampled_logprobs(model, batch, 0.7, torch.float32, entropy_gradient=weight > 0)
+    (now.logprobs_K @ torch.tensor([1.0, -2.0, 0.5]) + weight * now.entropies_K.sum()).backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    logits_KV = model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]])).logits[0, [1, 2, 4]] / 0.7
+    plain = torch.distributions.Categorical(logits=logits_KV)
+    logprobs_K = plain.log_prob(torch.tensor([7, 8, 10]))
+    (logprobs_K @ torch.tensor([1.0, -2.0, 0.5]) + weight * plain.entropy().sum()).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_chunks_change_nothing(make_model, make_groups, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for 7 tokens' logits at a time: the same log-probabilities, entropies and gradients."""
     model = make_model()
-    (batch,) = pack(make_groups(1), microbatch_tokens=4096, row_tokens=32)
+    (batch,) = pack(make_groups(1), microbatch_tokens=4096)
 
     def run() -> list[torch.Tensor]:
         model.zero_grad()
@@ -67,10 +85,25 @@ def test_chunks_change_nothing(make_model, make_groups, monkeypatch: pytest.Monk
         torch.testing.assert_close(chunked, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_kernel_of_a_gpu_sees_the_same(make_model, make_groups) -> None:
+    """In bfloat16, where all segments are one call of another attention: log-probabilities and gradients are close."""
+    (batch,) = pack(make_groups(1), microbatch_tokens=4096)
+    found = []
+    for device in ("cpu", "cuda"):
+        model = make_model().to(device)
+        now = sampled_logprobs(model, batch, 1.0, torch.bfloat16)
+        now.logprobs_K.sum().backward()
+        gradient = model.get_input_embeddings().weight.grad.cpu()
+        found.append((now.logprobs_K.detach().cpu(), gradient))
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=0.1, atol=0.2)
+
+
 def test_bfloat16_is_float32_with_rounding(make_model, make_groups) -> None:
     """In bfloat16 the log-probabilities are float32 numbers close to the exact ones; gradients are float32."""
     model = make_model()
-    (batch,) = pack(make_groups(1), microbatch_tokens=4096, row_tokens=32)
+    (batch,) = pack(make_groups(1), microbatch_tokens=4096)
     exact = sampled_logprobs(model, batch, 1.0, torch.float32)
     rounded = sampled_logprobs(model, batch, 1.0, torch.bfloat16)
     assert rounded.logprobs_K.dtype == torch.float32

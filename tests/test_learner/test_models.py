@@ -7,10 +7,12 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from learner.errors import BadCheckpoint, LearnerError, UnsupportedModel
-from learner.models import ValueHead
+from learner.logprobs import hidden_states
+from learner.models import ValueHead, recompute_layers
+from learner.pack import pack
 from learner.policy import Policy
 from schemas import recipe
 
@@ -174,6 +176,53 @@ def test_another_vocabulary_is_refused(folder: Path, config, tmp_path: Path) -> 
     LlamaForCausalLM(small).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match="its vocabulary has 100 tokens, the policy's 300"):
         Policy.open(folder, config).hold_teacher(tmp_path)
+
+
+# -- layers computed again ----------------------------------------------------------------------
+
+
+def kept_bytes(policy: Policy, groups) -> int:
+    """What a forward pass keeps for the backward pass, weights not counted."""
+    weights = {parameter.data_ptr() for parameter in policy.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    (batch,) = pack(groups, 4096)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = hidden_states(policy.model, batch, torch.float32)
+    assert hidden.requires_grad
+    return sum(kept.values())
+
+
+def test_layers_computed_again_are_the_same(folder: Path, config, make_groups) -> None:
+    """With gradient checkpointing a step gives the same row and weights to the bit, and keeps far less."""
+    policies = [
+        Policy.open(folder, with_learner(config, gradient_checkpointing=again))
+        for again in (False, True)
+    ]
+    rows = [policy.train_step(make_groups(), 1) for policy in policies]
+    assert rows[0] == rows[1]
+    assert policies[0].weights() == policies[1].weights()
+    plain, again = (kept_bytes(policy, make_groups()) for policy in policies)
+    assert again < plain / 4
+
+
+def test_dropout_stays_off_where_layers_are_computed_again() -> None:
+    """A model that would drop in training is asked as it is."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=64, n_positions=64, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.5
+    )
+    model = GPT2LMHeadModel(config).eval()
+    ids = torch.arange(8).unsqueeze(0)
+    expected = model(ids).logits
+    recompute_layers(model)
+    assert torch.equal(model(ids).logits, expected)
 
 
 # -- several updates -------------------------------------------------------------------------------

@@ -44,9 +44,8 @@ def tokens(**changes) -> Tokens:
 
 
 def batch_of(*places: int) -> MicroBatch:
-    empty = np.zeros((1, 1), np.int64)
-    found = np.array(places)
-    return MicroBatch(empty, empty, empty[None].astype(bool), found, found, found)
+    unread, found = np.zeros(1, np.int64), np.array(places)
+    return MicroBatch(*[unread] * 5, sources_K=found, targets_K=found, tokens_K=found)
 
 
 def now_of(ratios=RATIOS, entropies=None, grad=False) -> TokenLogprobs:
@@ -366,7 +365,7 @@ def _plain_step(policy: Policy, groups) -> tuple[float, float]:
     behaviour_N = torch.from_numpy(np.concatenate([s.logprobs_T[s.mask_T] for s in samples]))
     policy.optimizer.zero_grad(set_to_none=True)
     total = 0.0
-    for batch in pack(groups, 100, row_tokens=policy.model.config.hidden_size):
+    for batch in pack(groups, 100):
         logprobs_K = sampled_logprobs(policy.model, batch, 1.0, torch.float32).logprobs_K
         places_K = torch.from_numpy(batch.tokens_K)
         log_ratio_K, advantages_K = logprobs_K - behaviour_N[places_K], advantages_N[places_K]

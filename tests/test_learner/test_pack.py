@@ -51,7 +51,7 @@ def test_packed_equals_one_by_one(make_model, make_groups, shared: bool, budget:
     model, groups = make_model(), make_groups()
     units = groups if shared else [[sample] for group in groups for sample in group]
     expected_N, expected_gradients = run_one_by_one(model, groups)
-    logprobs_N, gradients = run(model, pack(units, budget, row_tokens=32))
+    logprobs_N, gradients = run(model, pack(units, budget))
     torch.testing.assert_close(logprobs_N, expected_N, rtol=1e-4, atol=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-4)
@@ -61,58 +61,64 @@ def test_a_shared_prompt_is_computed_once() -> None:
     """One tree of the prompt and each member's own tokens but the last, which is only predicted."""
     prompt = [5, 6, 7, 8]
     group = [conversation([*prompt, 10 + m, 20 + m], [0, 0, 0, 0, 1, 1]) for m in range(2)]
-    (batch,) = pack([group], microbatch_tokens=64, row_tokens=16)
-    assert batch.ids_RL.tolist() == [[5, 6, 7, 8, 10, 11]]
-    assert batch.positions_RL.tolist() == [[0, 1, 2, 3, 4, 4]]
+    (batch,) = pack([group], microbatch_tokens=64)
+    assert batch.ids_P.tolist() == [5, 6, 7, 8, 10, 11]
+    assert batch.positions_P.tolist() == [0, 1, 2, 3, 4, 4]
     assert batch.sources_K.tolist() == [3, 4, 3, 5]
     assert batch.targets_K.tolist() == [10, 20, 11, 21]
-    assert batch.attend_RLL[0].astype(int).tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 1, 0],
-        [1, 1, 1, 1, 0, 1],
-    ]
+    assert batch.lengths_S.tolist() == [4, 1, 1]
+    assert batch.seen_lengths_S.tolist() == [4, 5, 5]
+    assert batch.seen_J.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2, 3, 5]
 
 
 def test_members_share_only_what_all_begin_with() -> None:
     """A prompt that differs in its third token is shared up to there."""
     group = [conversation([5, 6, third, 8, 9], [0, 0, 0, 0, 1]) for third in (1, 2)]
-    (batch,) = pack([group], microbatch_tokens=64, row_tokens=16)
-    assert batch.ids_RL.tolist() == [[5, 6, 1, 8, 2, 8]]
+    (batch,) = pack([group], microbatch_tokens=64)
+    assert batch.ids_P.tolist() == [5, 6, 1, 8, 2, 8]
 
 
-def test_long_tails_do_not_share_a_row() -> None:
-    """Where tails are long and the prompt short, the square of a long row costs more than the prompt again."""
-    group = [conversation(range(3, 203), [0] * 2 + [1] * 198) for _ in range(4)]
-    (batch,) = pack([group], microbatch_tokens=4096, row_tokens=32)
-    assert batch.ids_RL.shape == (4, 199)
+def test_a_group_above_the_budget_is_cut() -> None:
+    """As many members as fit share a row and the prompt; the prompt is computed again for the others."""
+    group = [conversation([*range(10), m, m], [0] * 10 + [1, 1]) for m in range(5)]
+    batches = pack([group], microbatch_tokens=12)
+    assert [len(batch.ids_P) for batch in batches] == [12, 12, 11]
+    assert [batch.lengths_S.tolist() for batch in batches] == [[10, 1, 1], [10, 1, 1], [10, 1]]
 
 
 def test_a_sample_above_the_budget_stands_alone() -> None:
     """It gets a micro-batch of its own; the others keep to the budget."""
     units = [[conversation(range(length), [0] + [1] * (length - 1))] for length in (9, 41, 8)]
-    batches = pack(units, microbatch_tokens=20, row_tokens=8)
-    assert [batch.ids_RL.size for batch in batches] == [40, 2 * 8]
+    batches = pack(units, microbatch_tokens=20)
+    assert [len(batch.ids_P) for batch in batches] == [40, 8 + 7]
 
 
 def test_a_sample_without_sampled_tokens_takes_no_part() -> None:
     """Nothing is computed for it, and the others keep their numbers."""
     silent = conversation([3, 4], [0, 0])
     speaking = conversation([3, 4], [0, 1])
-    (batch,) = pack([[silent, speaking]], microbatch_tokens=16, row_tokens=8)
-    assert batch.ids_RL.tolist() == [[3]]
+    (batch,) = pack([[silent, speaking]], microbatch_tokens=16)
+    assert batch.ids_P.tolist() == [3]
     assert batch.tokens_K.tolist() == [0]
-    assert pack([[silent]], microbatch_tokens=16, row_tokens=8) == []
+    assert pack([[silent]], microbatch_tokens=16) == []
 
 
 MEMBERS = st.lists(st.tuples(st.integers(0, 5), st.lists(st.booleans(), min_size=1, max_size=20)))
 
 
+def places_seen(batch: MicroBatch) -> list[list[int]]:
+    """What each place sees: its segment's, but for those of the segment's own that come after it."""
+    seen, first = [], 0
+    for own, length in zip(batch.lengths_S, batch.seen_lengths_S, strict=True):
+        places = batch.seen_J[first : first + length].tolist()
+        seen += [places[: length - own + 1 + place] for place in range(own)]
+        first += length
+    return seen
+
+
 @settings(deadline=None, max_examples=60)
-@given(groups=st.lists(MEMBERS, max_size=5), budget=st.integers(1, 80), row=st.integers(1, 40))
-def test_every_sampled_token_is_predicted_once_from_its_own_past(groups, budget, row) -> None:
+@given(groups=st.lists(MEMBERS, max_size=5), budget=st.integers(1, 80))
+def test_every_sampled_token_is_predicted_once_from_its_own_past(groups, budget) -> None:
     """For any groups: what a sampled token's place can see is exactly its sample's tokens before it, in order."""
     units, expected = [], []
     for group in groups:
@@ -125,18 +131,18 @@ def test_every_sampled_token_is_predicted_once_from_its_own_past(groups, budget,
                 for place in np.flatnonzero(unit[number].mask_T)
             ]
         units.append(unit)
+    longest = max((len(past) - 1 for past in expected), default=0)
     found: dict[int, tuple[int, ...]] = {}
-    for batch in pack(units, budget, row):
-        rows, length = batch.ids_RL.shape
-        assert rows * length <= budget or rows == 1
+    for batch in pack(units, budget):
+        assert len(batch.ids_P) <= max(budget, longest)
+        seen = places_seen(batch)
+        assert [places[-1] for places in seen] == list(range(len(batch.ids_P)))
         for source, target, token in zip(
             batch.sources_K, batch.targets_K, batch.tokens_K, strict=True
         ):
-            line, place = divmod(int(source), length)
-            seen = np.flatnonzero(batch.attend_RLL[line, place])
-            positions = batch.positions_RL[line, seen]
-            assert positions.tolist() == list(range(len(seen)))
+            places = seen[source]
+            assert batch.positions_P[places].tolist() == list(range(len(places)))
             assert int(token) not in found
-            found[int(token)] = (*batch.ids_RL[line, seen].tolist(), int(target))
+            found[int(token)] = (*batch.ids_P[places].tolist(), int(target))
     assert [found[token] for token in range(len(expected))] == expected
     assert len(found) == len(expected)

@@ -27,15 +27,20 @@ from schemas.events import (
     Expired,
     Failed,
     Filtered,
+    Finished,
+    Joined,
     Opened,
     Paused,
     Result,
     Resumed,
     Scored,
+    ShownFunction,
     Started,
     Step,
     Stepped,
     Stopping,
+    ToolAdded,
+    ToolRemoved,
     Turn,
     Warmed,
 )
@@ -77,6 +82,8 @@ EXAMPLES: list[Event] = [
         text="4042",
         duration_ms=12.5,
         tier="ns",
+        handed_in=b"diff --git",
+        last=True,
     ),
     Scored(replica="scorer-host-4", trajectory="g12-3-0", reward=1.0, parts={"answered": 1.0}),
     Evaluated(replica="scorer-host-4", trajectory="e8x0-0-0", reward=0.5),
@@ -89,7 +96,9 @@ EXAMPLES: list[Event] = [
     Dropped(
         replica="dispatcher-host-1", trajectory="g12-0-1", reason="a member of its group failed"
     ),
+    Finished(replica="gateway-host-6", trajectory="x_4be0c2-0-0", reason="told to finish"),
     Warmed(replica="learner-host-5", step=20, steps=200, metrics={"step": 20.0, "loss": 2.5}),
+    Joined(replica="shadow-host-6", overrides=["learner.learning_rate=1e-4"]),
     Filtered(
         replica="learner-host-5",
         group="g12",
@@ -129,6 +138,22 @@ EXAMPLES: list[Event] = [
     ),
     Paused(replica="operator"),
     Resumed(replica="operator"),
+    ToolAdded(
+        replica="operator",
+        tool="shout",
+        version="0a1b2c3d",
+        functions=[
+            ShownFunction(
+                name="shout",
+                description="Say it louder.",
+                parameters={"type": "object", "properties": {"text": {"type": "string"}}},
+            )
+        ],
+        use="shout",
+        source="async def shout(context, text: str) -> str: ...",
+        options={"timeout_s": 2.5},
+    ),
+    ToolRemoved(replica="operator", tool="shout"),
     Stopping(replica="operator", reason="`actors stop`"),
     Ended(replica="dispatcher-host-1", reason="all steps done"),
     Archived(replica="operator", messages=12345, sha256="cd" * 32, log_seq=99_999),

@@ -77,7 +77,9 @@ def test_any_language_reads_a_turn(turn: Turn) -> None:
     assert told["trajectory"] == turn.trajectory
     assert told["text"] == turn.text
     assert told["calls"] == [
-        {"tool": call.tool, "arguments": call.arguments} for call in turn.calls
+        {"tool": call.tool, "arguments": call.arguments}
+        | ({"version": call.version} if call.version else {})
+        for call in turn.calls
     ]
     tokens, count = told["tokens"], len(turn.tokens)
     assert list(struct.unpack(f"<{count}i", tokens["ids"])) == list(turn.tokens.ids_T)

@@ -13,7 +13,10 @@ from typing import NamedTuple
 import pytest
 import pytest_asyncio
 
+from compose.stand_in import CannotRun, import_python, private_daemon
 from tools.sandbox.ns import NamespaceSandbox
+from tools.sandbox.sandbox import Limits, Session, SessionKind
+from tools.tool import Context
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -22,6 +25,36 @@ async def sandbox() -> AsyncIterator[NamespaceSandbox]:
     opened = NamespaceSandbox()
     yield opened
     await opened.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def context(sandbox: NamespaceSandbox) -> AsyncIterator[Context]:
+    """As a toolbox gives it: one session for the trajectory, opened when it is first needed."""
+    opened: list[Session] = []
+
+    async def session(kind: SessionKind) -> Session:
+        if not opened or not opened[-1].alive:
+            opened.append(await sandbox.open_session(kind))
+        return opened[-1]
+
+    yield Context(run=sandbox.run, limits=Limits(wall_s=1.0), task={}, session=session)
+    for one in opened:
+        await one.close()
+
+
+@pytest.fixture(scope="session")
+def docker_host() -> Iterator[None]:
+    """A docker to speak to: the one that is there, or one of our own for as long as the tests run."""
+    if "DOCKER_HOST" in os.environ or Path("/var/run/docker.sock").exists():
+        yield
+        return
+    try:
+        with private_daemon() as address, pytest.MonkeyPatch.context() as environment:
+            import_python(address)
+            environment.setenv("DOCKER_HOST", address)
+            yield
+    except CannotRun as error:
+        pytest.skip(f"TIER docker NOT TESTED HERE: {error}")
 
 
 class Targets(NamedTuple):

@@ -1,13 +1,8 @@
 """The `bash` tool, in a real session: what the policy reads of what its commands did."""
 
-from collections.abc import AsyncIterator
-
 import pytest
-import pytest_asyncio
 
 from tools.registry import load_tools
-from tools.sandbox.ns import NamespaceSandbox
-from tools.sandbox.sandbox import Limits, Session, SessionKind
 from tools.tool import Context, Tool
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -16,20 +11,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 @pytest.fixture
 def bash() -> Tool:
     return load_tools(["bash"])["bash"]
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def context(sandbox: NamespaceSandbox) -> AsyncIterator[Context]:
-    opened: list[Session] = []
-
-    async def session(kind: SessionKind) -> Session:
-        if not opened or not opened[-1].alive:
-            opened.append(await sandbox.open_session(kind))
-        return opened[-1]
-
-    yield Context(run=sandbox.run, limits=Limits(wall_s=1.0), task={}, session=session)
-    for one in opened:
-        await one.close()
 
 
 async def test_one_shell_for_all_calls(bash: Tool, context: Context) -> None:

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil
 import pytest
 
+from actors.sessions import Kept
 from bus.embedded import free_port
 from schemas.events import Call
 from tools.errors import ToolError
 from tools.formats import Parsed, open_format
 from tools.registry import load_tools, open_tools, resolve_options
 from tools.sandbox.sandbox import Limits, Outcome
+from tools.sandbox.unsafe import UnsafeSandbox
 from tools.tool import Context, Image, Observation, Place, Tool
 
 SERVER = '''
@@ -190,6 +193,122 @@ async def test_policies_call_each_function_by_its_name(program: str) -> None:
         assert hermes.parse(hermes.render(call)) == Parsed(calls=[call])
         context = Context(run=no_sandbox, limits=Limits(wall_s=30), task={})
         assert await tool(context, call.arguments) == Observation(text="3")
+
+
+STATEFUL = """
+import os, sys
+from mcp.server.mcpserver import Context, MCPServer
+
+server = MCPServer("notes")
+notes = {}
+
+@server.tool()
+def write(text: str, context: Context) -> str:
+    mine = notes.setdefault((context.headers or {}).get("mcp-session-id"), [])
+    mine.append(text)
+    return f"{os.getpid()} {' '.join(mine)}"
+
+@server.tool()
+def die() -> str:
+    os._exit(3)
+
+if len(sys.argv) > 1:
+    server.run("streamable-http", host="127.0.0.1", port=int(sys.argv[1]))
+else:
+    server.run()
+"""
+
+
+@pytest.fixture
+def stateful(tmp_path: Path) -> str:
+    path = tmp_path / "stateful.py"
+    path.write_text(STATEFUL)
+    return str(path)
+
+
+@asynccontextmanager
+async def trajectory(tool: Tool) -> AsyncIterator[Callable[..., Any]]:
+    """A way to call as one trajectory, whose session is closed in the end."""
+    kept = Kept(UnsafeSandbox(), Limits())
+    context = Context(run=no_sandbox, limits=Limits(wall_s=30), task={}, keep=kept.keep)
+
+    async def call(function: str, **arguments: Any) -> Observation:
+        return await tool(context, {"function": function, "arguments": arguments})
+
+    try:
+        yield call
+    finally:
+        await kept.close()
+
+
+async def check_state(servers: dict[str, Any]) -> list[int]:
+    """Trajectories do not see one another's notes; returns the processes that took them."""
+    async with (
+        bridge(servers) as (tool, _),
+        trajectory(tool) as first,
+        trajectory(tool) as second,
+    ):
+        assert (tool.session, tool.replay) == (True, False)
+        (one, *_), (other, *_) = [
+            (await call("s__write", text=text)).text.split()
+            for call, text in ((first, "a"), (second, "b"))
+        ]
+        assert (await first("s__write", text="c")).text == f"{one} a c"
+        assert (await second("s__write", text="d")).text == f"{other} b d"
+        return [int(one), int(other)]
+
+
+async def test_each_trajectory_has_a_process_of_its_own(stateful: str) -> None:
+    """For as long as it lives."""
+    one, other = await check_state({"s": {"command": [sys.executable, stateful]}})
+    assert one != other
+    assert not psutil.pid_exists(one)
+    assert not psutil.pid_exists(other)
+
+
+@pytest.mark.slow
+async def test_each_trajectory_has_a_session_of_its_own_over_http(stateful: str) -> None:
+    """With the one server that there is."""
+    port = free_port()
+    process = await asyncio.to_thread(start_http, stateful, port)
+    try:
+        one, other = await check_state({"s": {"url": f"http://127.0.0.1:{port}/mcp"}})
+        assert one == other == process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+async def test_a_lost_connection_is_a_lost_session(stateful: str) -> None:
+    """Never a new one in silence: what the policy has written would not be there."""
+    async with (
+        bridge({"s": {"command": [sys.executable, stateful]}}) as (tool, _),
+        trajectory(tool) as call,
+    ):
+        await call("s__write", text="a")
+        for _ in range(2):
+            with pytest.raises(ToolError, match="mcp server s"):
+                await call("s__die")
+        with pytest.raises(ToolError, match="its session with it"):
+            await call("s__write", text="b")
+
+
+@pytest.mark.slow
+async def test_which_servers_have_a_connection_for_each_trajectory(
+    program: str, stateful: str
+) -> None:
+    """Those that may keep a state, unless the recipe says otherwise."""
+    reads = {"command": [sys.executable, program], "functions": ["add"]}
+    writes = {"command": [sys.executable, stateful]}
+    for server, own in (
+        (reads, False),
+        (writes, True),
+        (reads | {"connection": "trajectory"}, True),
+        (writes | {"connection": "shared"}, False),
+    ):
+        async with bridge({"s": server}) as (tool, _):
+            assert tool.session == own
 
 
 async def test_a_server_that_dies_is_started_again(program: str) -> None:

@@ -10,7 +10,7 @@ from tools.errors import ToolError
 from tools.outcome import observe
 from tools.registry import load_tools
 from tools.sandbox.ns import NamespaceSandbox
-from tools.sandbox.sandbox import Limits, Outcome, Session, SessionKind
+from tools.sandbox.sandbox import Limits, Outcome
 from tools.tool import Context, Observation
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -23,21 +23,6 @@ async def plotting() -> AsyncIterator[NamespaceSandbox]:
     opened = NamespaceSandbox(["matplotlib.pyplot"])
     yield opened
     await opened.close()
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def context(sandbox: NamespaceSandbox) -> AsyncIterator[Context]:
-    """As a toolbox gives it: one session for the trajectory, opened when it is first needed."""
-    opened: list[Session] = []
-
-    async def session(kind: SessionKind) -> Session:
-        if not opened or not opened[-1].alive:
-            opened.append(await sandbox.open_session(kind))
-        return opened[-1]
-
-    yield Context(run=sandbox.run, limits=Limits(wall_s=1.0), task={}, session=session)
-    for one in opened:
-        await one.close()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 import pytest_asyncio
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tools.errors import SandboxError
@@ -360,6 +360,8 @@ async def test_a_command_line_holds_any_script(script: str) -> None:
 
 @settings(database=None)
 @given(content=st.binary(max_size=300))
+@example(content=b'{"junk":' + b"[" * 3000 + b"\n")
+@example(content=b'{"run":1,"\xff":"\xff"}\n')
 async def test_answers_survive_anything(content: bytes) -> None:
     """What hostile code writes there is an answer, or garbage that is not listened to."""
     read_fd, write_fd = os.pipe()

@@ -27,11 +27,11 @@ def tools(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_tools_are_listed(tmp_path: Path) -> None:
-    """With what is special about them; `mcp` has no functions until it has servers."""
+    """Function by function, with what is special about them; `mcp` has none until it has servers."""
     done = tools(tmp_path, "list")
     assert done.returncode == 0, done.stderr
     listed = [line.split()[0] for line in done.stdout.splitlines()]
-    assert set(BUILT_IN) - {"mcp"} <= set(listed)
+    assert {*BUILT_IN, "view", "submit"} - {"mcp", "repo"} <= set(listed)
     assert "(ends the trajectory)" in done.stdout
 
 

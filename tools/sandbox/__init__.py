@@ -13,9 +13,11 @@ streams         output and answers that are never trusted
 The `ns` tier: a private world for each job, forked from a warm interpreter
 ns              the tier
 fork_server     starts and speaks to the server
-zygote          the server: one small spawn and one fork for each job, one world always ready
+zygote          the server: gives each job a world, one of which is always ready, and watches it
+template        the warm interpreter: one small spawn and one fork for each world
 networks        empty network namespaces, used again and again
 world, root     a job's namespaces, and the read-only root that all share
+batch           prepared system calls, made in one go
 init            process 1 of a job: the smallest program there is
 watch           what processes take, from /proc
 

@@ -44,6 +44,13 @@ def run_cell(source: str, main: ModuleType, file_name: str) -> int:
     return guard(lambda: _execute(source, main, file_name), file_name)
 
 
+def read_file(fd: int) -> bytes:
+    """All that is in a file, which is closed then."""
+    content = os.read(fd, os.fstat(fd).st_size)
+    os.close(fd)
+    return content
+
+
 def guard(step: Callable[[], None], file_name: str) -> int:
     """Take the step; what it raises is shown as an interpreter shows it, and becomes the exit code."""
     try:

@@ -19,11 +19,10 @@ from typing import Annotated, Any
 import msgspec
 
 from tools.errors import SandboxError
-from tools.sandbox.calls import call
-from tools.sandbox.job_session import JobSession
+from tools.sandbox.job_sandbox import JobSandbox
 from tools.sandbox.jobs import ENVIRONMENT, JobServer
 from tools.sandbox.root import NOBODY
-from tools.sandbox.sandbox import Limits, Outcome, SessionKind
+from tools.sandbox.sandbox import Limits
 from tools.sandbox.world import SHARED_MEMORY_BYTES
 
 IMAGE = "python:3.11-slim"
@@ -34,6 +33,7 @@ _MODULES = [
     "seccomp",
     "shell",
     "root",
+    "batch",
     "world",
     "cell",
     "session_cells",
@@ -134,7 +134,9 @@ class DockerServer(JobServer):
             user=f"{NOBODY}:{NOBODY}",
             network_mode="none",
             read_only=True,
-            tmpfs={"/tmp": f"size={limits.disk_bytes},nr_inodes=8192,mode=1777,exec"},
+            tmpfs={
+                "/tmp": f"size={limits.disk_bytes},nr_inodes={max(8192, limits.disk_bytes // 8192)},mode=1777,exec"
+            },
             shm_size=SHARED_MEMORY_BYTES,
             cap_drop=["ALL"],
             security_opt=["no-new-privileges:true"],
@@ -268,8 +270,8 @@ class _Job:
             elif of == "answers" and (self._kind != "call" or len(self._fds) > 2):
                 await _write(answers_fd, content)
             elif of == "end":
-                with contextlib.suppress(msgspec.DecodeError):
-                    exit_code = msgspec.json.decode(content, type=dict[str, int])["exit_code"]
+                with contextlib.suppress(*_GARBAGE):
+                    exit_code = msgspec.json.decode(content, type=_End).exit_code
                     return {"exit_code": max(-64, min(exit_code, 255))}
         return {"exit_code": -9}
 
@@ -290,7 +292,7 @@ async def _frames(stream: socket.socket) -> AsyncIterator[tuple[str, bytes]]:
                 line, _, rest = received.partition(b"\n")
                 try:
                     header = msgspec.json.decode(line, type=_Header)
-                except msgspec.DecodeError:
+                except _GARBAGE:
                     return
                 if header.size > _FRAME_BYTES or len(rest) < header.size:
                     break
@@ -302,6 +304,14 @@ async def _frames(stream: socket.socket) -> AsyncIterator[tuple[str, bytes]]:
         return
     finally:
         writer.close()
+
+
+_GARBAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises: the code may write anything there."""
+
+
+class _End(msgspec.Struct):
+    exit_code: int
 
 
 class _Header(msgspec.Struct):
@@ -362,31 +372,11 @@ def _ulimits(limits: Limits) -> list[Any]:
     ]
 
 
-class DockerSandbox:
+class DockerSandbox(JobSandbox):
     """Calls and sessions in containers."""
 
     tier = "docker"
 
     def __init__(self, image: str = IMAGE, runtime: str | None = None) -> None:
-        """Raises SandboxError when there is no docker to speak to."""
-        self._server = DockerServer(image, runtime)
-        self._closed = False
-
-    async def run(self, code: str, *, stdin: bytes = b"", limits: Limits | None = None) -> Outcome:
-        """See Sandbox.run. Codes of errors: `no_docker`, `setup_failed`, `client_failed`, `closed`."""
-        self._check_open()
-        return await call(self._server, code, stdin, limits or Limits())
-
-    async def open_session(self, kind: SessionKind, limits: Limits | None = None) -> JobSession:
-        """See Sandbox.open_session. Codes of errors as for `run`."""
-        self._check_open()
-        return await JobSession.open(self._server, kind, limits or Limits())
-
-    async def close(self) -> None:
-        """Remove every container."""
-        self._closed = True
-        await self._server.stop()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise SandboxError("closed", "the sandbox was closed")
+        """Raises SandboxError (`no_docker`) when there is no docker to speak to."""
+        super().__init__(DockerServer(image, runtime))

@@ -2,15 +2,13 @@
 
 import asyncio
 import contextlib
-import json
 import socket
-import sys
 from collections.abc import Sequence
 
 import msgspec
 
 from tools.errors import SandboxError
-from tools.sandbox.jobs import ENVIRONMENT, IMPORT_ROOT, PACKET_BYTES, DeadBefore, JobEnd, JobServer
+from tools.sandbox.jobs import PACKET_BYTES, DeadBefore, JobEnd, JobServer, spawn
 from tools.sandbox.sandbox import Limits
 
 _START_S = 60.0
@@ -55,18 +53,7 @@ class ForkServer(JobServer):
             control.setblocking(False)
             control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _QUEUE_BYTES)
             settings = {"control_fd": theirs.fileno(), "imports": list(imports)}
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "tools.sandbox.zygote",
-                json.dumps(settings),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                cwd=IMPORT_ROOT,
-                env=ENVIRONMENT,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a Ctrl-C is for the client, who drains first
-            )
+            process = await spawn("tools.sandbox.zygote", settings, [theirs.fileno()])
             on_error.pop_all()
         return cls(process, control)
 

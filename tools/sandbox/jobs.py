@@ -1,6 +1,7 @@
 """A job is one call or session; zygote.py and keeper.py are the servers that start jobs."""
 
 import asyncio
+import json
 import socket
 import sys
 from abc import ABC, abstractmethod
@@ -32,6 +33,24 @@ ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
 }
 """Of the code: nothing of the process that runs the sandbox."""
+
+
+async def spawn(
+    module: str, settings: dict[str, object], fds: Sequence[int]
+) -> asyncio.subprocess.Process:
+    """A server of jobs as a process that knows its settings and has the descriptors; what it says goes to stderr."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        module,
+        json.dumps(settings),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        cwd=IMPORT_ROOT,
+        env=ENVIRONMENT,
+        pass_fds=fds,
+        start_new_session=True,  # a Ctrl-C is for the client, who drains first
+    )
 
 
 class JobEnd(msgspec.Struct):
@@ -70,6 +89,10 @@ class JobServer(ABC):
     @abstractmethod
     def give_up(self) -> None:
         """It is dead or stuck."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """End it and every job."""
 
     async def end_of(self, leash: socket.socket, limit_s: float) -> JobEnd:
         """Wait until the job has ended. Raises SandboxError when the server dies, or says nothing in time."""

@@ -93,6 +93,7 @@ class Keeper:
         linux.close_all_but({0, 1, 2, status_fd, *others})
         os.chdir(self._directory)
         os.environ |= {"HOME": self._directory, "TMPDIR": self._directory}
+        tempfile.tempdir = None  # the code's is not where the keeper's own is
         if self._job["kind"] == "bash":
             path = f"{self._directory}/.session.bashrc"
             linux.write_file(path, shell.start_up_file(path))

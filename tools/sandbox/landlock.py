@@ -1,9 +1,10 @@
 """The `landlock` tier, for where there are no user namespaces."""
 
-from tools.sandbox.keepers import KeeperSandbox
+from tools.sandbox.job_sandbox import JobSandbox
+from tools.sandbox.keepers import Keepers
 
 
-class LandlockSandbox(KeeperSandbox):
+class LandlockSandbox(JobSandbox):
     """The `landlock` tier: Landlock, seccomp and limits around a plain process of an ordinary user.
 
     What it lacks beside `ns`: limits of memory, processes and disk are looked at every 0.1 s; that a file exists, and
@@ -11,4 +12,6 @@ class LandlockSandbox(KeeperSandbox):
     """
 
     tier = "landlock"
-    confined = True
+
+    def __init__(self) -> None:
+        super().__init__(Keepers(confined=True))

@@ -1,5 +1,6 @@
 """The Linux calls that Python 3.11 lacks, by ctypes. Standard library only: the fork server imports it."""
 
+import _socket
 import array
 import contextlib
 import ctypes
@@ -33,19 +34,20 @@ _AT_FDCWD = -100
 _AT_RECURSIVE = 0x8000
 _MOUNT_ATTR_RDONLY_NOSUID_NODEV = 0x1 | 0x2 | 0x4
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_DUMPABLE = 4
-_PR_SET_SECCOMP = 22
-_PR_CAPBSET_DROP = 24
-_PR_SET_NO_NEW_PRIVS = 38
-_PR_CAP_AMBIENT = 47
-_PR_CAP_AMBIENT_CLEAR_ALL = 4
-_SECCOMP_MODE_FILTER = 2
-_CAPABILITY_VERSION_3 = 0x20080522
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_SECCOMP = 22
+PR_CAPBSET_DROP = 24
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+SECCOMP_MODE_FILTER = 2
+NO_CAPABILITIES = struct.pack("Ii", 0x20080522, 0), bytes(24)
+"""Arguments of capset(2); the number is its version 3."""
 
 _SYS_MOUNT_SETATTR = 442  # the same on every architecture, as all calls since 2019
 _SYS_CLOSE_RANGE = 436
-_PR_SET_CHILD_SUBREAPER = 36
+PR_SET_CHILD_SUBREAPER = 36
 _SYS_LANDLOCK_CREATE_RULESET = 444
 _SYS_LANDLOCK_ADD_RULE = 445
 _SYS_LANDLOCK_RESTRICT_SELF = 446
@@ -63,6 +65,12 @@ LANDLOCK_WRITE_FILE = 0x2
 LANDLOCK_ANY = _LANDLOCK_ALL_FILES
 
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_SYS_CLONE = {"x86_64": 56, "aarch64": 220}
+_CLONE_PARENT = 0x8000
+_CLONE_SIBLING = [
+    ctypes.c_long(word)
+    for word in (_SYS_CLONE.get(platform.machine(), -1), _CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0)
+]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_with_lock = ctypes.PyDLL(None, use_errno=True)
@@ -90,14 +98,28 @@ def machine() -> str:
     return name
 
 
-def fork() -> int:
-    """fork(2) for a process with one thread, without what Python does after it in the child.
+def fork_sibling() -> int:
+    """A fork whose child is the caller's parent's to wait for, by a process with one thread.
 
-    There is nothing to repair where no other thread was, and the repairs of `threading` alone touch a hundred pages.
-    The child seeds its random numbers itself.
+    Nothing is done after it in the child: where no other thread was there is nothing to repair, and Python's repairs
+    of `threading` alone touch a hundred pages. The C library takes the child's thread for the caller's, so its id must
+    be the same in its own namespace. The child seeds its random numbers itself.
     """
-    pid: int = _libc_with_lock.fork()
-    return _check(pid, "fork")
+    pid: int = _libc_with_lock.syscall(*_CLONE_SIBLING)
+    return _check(pid, "clone")
+
+
+def system_call(number: int, *arguments: int) -> int:
+    """Any system call, by its number."""
+    words = [ctypes.c_ulong(word) for word in (number, *arguments)]
+    return _check(_libc.syscall(*words), f"system call {number}")
+
+
+def make_executable(address: int, size: int) -> None:
+    """Let memory be executed, and written no more."""
+    readable_executable = ctypes.c_int(0x5)
+    pointer, length = ctypes.c_void_p(address), ctypes.c_size_t(size)
+    _check(_libc.mprotect(pointer, length, readable_executable), "mprotect")
 
 
 def unshare(flags: int) -> None:
@@ -181,7 +203,7 @@ def landlock(rights: dict[int, int]) -> None:
 
 def collect_orphans() -> None:
     """Become the parent of what this process's descendants leave behind."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1, "PR_SET_CHILD_SUBREAPER")
+    _prctl(PR_SET_CHILD_SUBREAPER, 1, "PR_SET_CHILD_SUBREAPER")
 
 
 def sethostname(name: str) -> None:
@@ -191,41 +213,42 @@ def sethostname(name: str) -> None:
 
 def die_with_parent() -> None:
     """Ask for SIGKILL when the parent dies. A later change of user undoes it."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, "PR_SET_PDEATHSIG")
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, "PR_SET_PDEATHSIG")
 
 
 def set_dumpable(dumpable: bool) -> None:
     """Let processes of the same user look into this one through /proc, or not."""
-    _prctl(_PR_SET_DUMPABLE, int(dumpable), "PR_SET_DUMPABLE")
+    _prctl(PR_SET_DUMPABLE, int(dumpable), "PR_SET_DUMPABLE")
 
 
 def drop_capabilities() -> None:
     """Give up every capability, also for programs executed later, and the way back to any."""
-    prctl, drop = _libc.prctl, _PR_CAPBSET_DROP
+    prctl, drop = _libc.prctl, PR_CAPBSET_DROP
     capability = 0
     while prctl(drop, capability, 0, 0, 0) == 0:  # until past the last one that this kernel knows
         capability += 1
-    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, "PR_CAP_AMBIENT")
-    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
-    _check(_libc.capset(header, bytes(24)), "capset")
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1, "PR_SET_NO_NEW_PRIVS")
+    _prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, "PR_CAP_AMBIENT")
+    _check(_libc.capset(NO_CAPABILITIES[0], NO_CAPABILITIES[1]), "capset")
+    _prctl(PR_SET_NO_NEW_PRIVS, 1, "PR_SET_NO_NEW_PRIVS")
 
 
-class _FilterProgram(ctypes.Structure):
+class FilterProgram(ctypes.Structure):
+    """The kernel's struct sock_fprog."""
+
     _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
 
 def install_seccomp(program: bytes) -> None:
     """Filter this process's system calls, for good. `program` is BPF, 8 bytes an instruction."""
-    prepared = _FilterProgram(len(program) // 8, program)
+    prepared = FilterProgram(len(program) // 8, program)
     pointer = ctypes.c_ulong(ctypes.addressof(prepared))
     _check(
-        _libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), pointer, 0, 0),
+        _libc.prctl(PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), pointer, 0, 0),
         "PR_SET_SECCOMP",
     )
 
 
-def receive_fds(channel: socket.socket, size_bytes: int, most: int) -> tuple[bytes, list[int]]:
+def receive_fds(channel: _socket.socket, size_bytes: int, most: int) -> tuple[bytes, list[int]]:
     """A message and its descriptors, which no program executed later inherits.
 
     `socket.recv_fds` leaves them open for every child: it drops the flag that it is given.

@@ -9,14 +9,14 @@ Standard library only. The job is one packet on `stage`: `{"kind": …, "limits"
 `stage` is closed before any of the code runs, so nothing the code does looks like the server's or this module's word.
 """
 
+import _socket
 import json
 import os
-import socket
 import sys
 from typing import Any, NoReturn
 
 from tools.sandbox import linux, shell
-from tools.sandbox.cell import run_program, take_figures, warm_up
+from tools.sandbox.cell import read_file, run_program, take_figures, warm_up
 from tools.sandbox.session_cells import serve_cells
 from tools.sandbox.world import World
 
@@ -26,14 +26,14 @@ _MOST_DESCRIPTORS = 4
 _SAMPLE = '{"kind": "call", "limits": {"wall_s": 1.0, "files": 1}}'
 
 
-def stand_by(stage: socket.socket, world: World, disk_bytes: int, net_fd: int) -> NoReturn:
+def stand_by(stage_fd: int, network_fd: int, world: World, disk_bytes: int) -> NoReturn:
     """Make the world, wait for the job, do it, and end."""
     exit_code = SETUP_FAILED
+    # the plain type: Python's own does more, and each step here copies pages
+    stage = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, stage_fd)
     try:
         try:
-            linux.close_all_but({0, 1, 2, stage.fileno(), net_fd})
-            world.enter(disk_bytes, net_fd)
-            os.close(net_fd)
+            world.enter(disk_bytes, network_fd, stage_fd)
             warm_up()
             json.loads(_SAMPLE)
             packet, fds = linux.receive_fds(stage, PACKET_BYTES, _MOST_DESCRIPTORS)
@@ -84,8 +84,7 @@ def do(job: dict[str, Any], fds: list[int], rc_path: str = shell.RC_PATH) -> int
 def _run_once(image_bytes: int, code_fd: int, stdin_fd: int, report_fd: int | None = None) -> int:
     os.dup2(stdin_fd, 0)
     os.close(stdin_fd)
-    with open(code_fd, encoding="utf-8") as file:
-        source = file.read()
+    source = read_file(code_fd).decode()
     if report_fd is None:
         return run_program(source)
 

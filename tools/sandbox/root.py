@@ -14,6 +14,7 @@ from tools.sandbox import init, linux, shell
 NOBODY = 65534
 INIT = "/init"
 """The program of init.py."""
+PROC_FLAGS = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
 _ROOT = "/tmp"
 """Where the new root is put together; whatever is needed from below it is opened before."""
 
@@ -89,7 +90,7 @@ def enter() -> None:
 
 def mount_proc() -> None:
     """A /proc of the current process namespace, over whatever is there."""
-    linux.mount("proc", "/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
+    linux.mount("proc", "/proc", "proc", PROC_FLAGS)
 
 
 def _wait_outside(pid: int) -> None:

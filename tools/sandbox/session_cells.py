@@ -54,8 +54,7 @@ def serve_cells(channel_fd: int) -> None:
 
 def _run(message: dict[str, Any], fds: list[int], main: ModuleType, images: list[bytes]) -> int:
     code_fd, stdin_fd = fds
-    with open(code_fd, encoding="utf-8") as file:
-        source = file.read()
+    source = cell.read_file(code_fd).decode()
     os.dup2(stdin_fd, 0)
     os.close(stdin_fd)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - the old one may be at its end

@@ -112,7 +112,7 @@ class Answers:
             return None
         try:
             answer = msgspec.json.decode(header, type=Answer)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # the code wrote it
             self._give_up()
             return None
         if any(size < 0 for size in answer.images) or sum(answer.images) > self.image_limit_bytes:

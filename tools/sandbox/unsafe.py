@@ -1,9 +1,10 @@
 """The `unsafe` tier, for code that you trust as you trust yourself."""
 
-from tools.sandbox.keepers import KeeperSandbox
+from tools.sandbox.job_sandbox import JobSandbox
+from tools.sandbox.keepers import Keepers
 
 
-class UnsafeSandbox(KeeperSandbox):
+class UnsafeSandbox(JobSandbox):
     """The `unsafe` tier: a plain process, only by explicit choice. It isolates nothing.
 
     For code that you trust as you trust yourself. The environment is clean, the limits hold, and processes end with
@@ -11,4 +12,6 @@ class UnsafeSandbox(KeeperSandbox):
     """
 
     tier = "unsafe"
-    confined = False
+
+    def __init__(self) -> None:
+        super().__init__(Keepers(confined=False))

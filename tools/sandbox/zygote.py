@@ -1,7 +1,7 @@
 """The fork server of the `ns` tier: `python -m tools.sandbox.zygote '{"control_fd": 7, "imports": ["numpy"]}'`.
 
-    client ──control──► server ──spawn──► init      process 1 of a world's own process namespace; see init.py
-       │     (packets)   │  ▲ └──fork───► payload   process 2; makes the world around itself, then stands by
+    client ──control──► server ──► template ──spawn──► init     process 1 of a world's own process namespace
+       │     (packets)   │  ▲         └───────fork───► payload  process 2; makes the world around itself, stands by
        │                 │  │               ▲  │
        ├──leash──────────┘  └────stage──────┘  │    the job, or why there is no world
        ├──code, stdin─────────────────────────►│    sealed memory files; in a session they come on a channel
@@ -18,8 +18,6 @@ Standard library only. Invariants:
 """
 
 import contextlib
-import gc
-import importlib
 import json
 import os
 import resource
@@ -34,8 +32,8 @@ from typing import Any, NoReturn
 
 from tools.sandbox import linux, root, watch
 from tools.sandbox.networks import Networks
-from tools.sandbox.payload import PACKET_BYTES, stand_by
-from tools.sandbox.world import World
+from tools.sandbox.payload import PACKET_BYTES
+from tools.sandbox.template import Template
 
 _WATCH_EVERY_S = 0.1
 _WATCH_AFTER_S = 0.05
@@ -87,7 +85,8 @@ class _Place:
 
     def end(self) -> None:
         """Kill init, and with it all that is left."""
-        signal.pidfd_send_signal(self.init_fd, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it is killed already
+            signal.pidfd_send_signal(self.init_fd, signal.SIGKILL)
 
 
 def _tell(leash: socket.socket, message: dict[str, Any]) -> None:
@@ -100,11 +99,10 @@ def _tell(leash: socket.socket, message: dict[str, Any]) -> None:
 class Server:
     """Starts jobs, watches them, and says how they ended; one thread, one loop."""
 
-    def __init__(self, control: socket.socket, world: World) -> None:
+    def __init__(self, control: socket.socket, template: Template) -> None:
         self._control = control
-        self._world = world
+        self._template = template
         self._networks = Networks()
-        self._namespace_fd = os.open("/proc/self/ns/pid", os.O_RDONLY)
         self._running: dict[int, _Place] = {}
         """By the inode of the process namespace."""
         self._ready: _Place | None = None
@@ -115,6 +113,7 @@ class Server:
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._listen(control.fileno(), self._accept)
+        self._listen(template.channel.fileno(), lambda: os._exit(1))  # it has died
 
     def serve(self) -> NoReturn:
         """Until the client goes."""
@@ -191,23 +190,14 @@ class Server:
             undo.callback(stage.close)
             network = self._networks.take()
             undo.callback(os.close, network)
-            linux.unshare(linux.CLONE_NEWPID)
-            try:
-                init = os.posix_spawn(root.INIT, [root.INIT], {})
-                undo.callback(_kill, init)
-                payload = linux.fork()
-                if payload == 0:
-                    stand_by(far_stage, self._world, disk_bytes, network)
-                namespace = os.stat("/proc/self/ns/pid_for_children").st_ino
-            finally:
-                linux.setns(self._namespace_fd, linux.CLONE_NEWPID)
+            made = self._template.make(disk_bytes, far_stage, network)
             undo.pop_all()
         place = _Place(
-            init=init,
-            init_fd=os.pidfd_open(init),
-            payload=payload,
-            payload_fd=os.pidfd_open(payload),
-            namespace=namespace,
+            init=made.init,
+            init_fd=os.pidfd_open(made.init),
+            payload=made.payload,
+            payload_fd=os.pidfd_open(made.payload),
+            namespace=made.namespace,
             network=network,
             stage=stage,
             disk_bytes=disk_bytes,
@@ -250,7 +240,6 @@ class Server:
         place.end()
 
     def _init_ended(self, place: _Place) -> None:
-        os.waitpid(place.init, 0)
         self._forget(place.init_fd)
         os.close(place.init_fd)
         place.stage.close()
@@ -286,45 +275,22 @@ class Server:
                 watched.kill("memory")
 
 
-def _kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-
-def _prepare(imports: list[str]) -> World:
-    sys.path.pop(0)  # the directory that holds this package
-    root.enter()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
-    world = World()
-    world.mount_scratch(_USUAL_DISK_BYTES)  # a module may want to write when it is imported
-    for name in imports:
-        importlib.import_module(name)
-    world.unmount_scratch()
-    threads = len(os.listdir("/proc/self/task"))
-    if threads > 1:
-        raise ImportError(f"importing {', '.join(imports)} started threads; forks of it would hang")
-    world.measure()
-    gc.collect()
-    gc.freeze()  # no collection touches, and so copies, what the forks share
-    linux.use_huge_pages()
-    return world
-
-
 def main() -> None:
     """Become the server, say so on `control`, and serve."""
     settings = json.loads(sys.argv[1])
     control = socket.socket(fileno=settings["control_fd"])
     control.set_inheritable(False)
     os.umask(0o022)
+    sys.path.pop(0)  # the directory that holds this package
     try:
-        server = Server(control, _prepare(settings["imports"]))
-    except (OSError, ImportError) as error:
-        control.send(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+        root.enter()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
+        server = Server(control, Template(settings["imports"], _USUAL_DISK_BYTES))
+    except OSError as error:
+        control.send(json.dumps({"error": str(error)}).encode())
         raise SystemExit(1) from None
     control.send(b"{}")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "tools"]:
-        del sys.modules[name]  # not the code's business
     server.serve()
 
 

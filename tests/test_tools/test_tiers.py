@@ -1,0 +1,239 @@
+"""The tiers besides `ns`, attacked for real: `landlock` by an ordinary user, `docker` in containers.
+
+Where one cannot run its tests are skipped, and say so by its name.
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.test_tools.attacks import EXHAUSTIONS, INTRUSIONS, intrusion
+from tools.errors import NoSandbox
+from tools.sandbox import linux
+from tools.sandbox.keeper import LEAST_LANDLOCK_ABI
+from tools.sandbox.sandbox import Limits, Sandbox
+from tools.sandbox.select import open_sandbox
+
+FindProcesses = Callable[[str], list[int]]
+
+TIERS = ["docker"] if os.geteuid() == 0 else ["landlock", "docker"]
+"""`landlock` is not for root: `test_all_of_it_as_an_ordinary_user` runs this file as one."""
+
+NOT_PROMISED = {
+    "landlock": {},
+    "docker": {
+        "host_name": "the container has one of its own",
+        "raw_sockets": "its network is empty",
+        "signals": "the container's own processes",
+        "init_memory": "the container's own process 1",
+        "ptrace_init": "the container's own process 1",
+        "process_limit": "the container counts its processes",
+        "hidden_memory": "the container counts its memory, whatever holds it",
+    },
+}
+"""What a tier does not stop, since it harms nobody else there."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=TIERS)
+async def tier_sandbox(request: pytest.FixtureRequest) -> AsyncIterator[Sandbox]:
+    """A sandbox of each tier."""
+    if request.param == "docker":
+        request.getfixturevalue("docker_host")
+    try:
+        opened = await open_sandbox(request.param)
+    except NoSandbox as error:
+        pytest.skip(f"TIER {request.param} NOT TESTED HERE: {str(error).splitlines()[0]}")
+    yield opened
+    await opened.close()
+
+
+pytestmark = pytest.mark.slow
+of_module = pytest.mark.asyncio(loop_scope="module")
+
+
+@of_module
+@pytest.mark.parametrize("name", INTRUSIONS)
+async def test_intrusion_is_stopped(tier_sandbox: Sandbox, targets: tuple, name: str) -> None:
+    """The code gets nothing that is not its own, but for what the tier does not promise."""
+    if reason := NOT_PROMISED[tier_sandbox.tier].get(name):
+        pytest.skip(f"{tier_sandbox.tier}: {reason}")
+    outcome = await tier_sandbox.run(intrusion(name, targets), limits=Limits(wall_s=60.0))
+    text = outcome.output.decode()
+    assert outcome.reason == "exit"
+    assert "stopped:" in text
+    assert "BREACH" not in text
+    assert "Traceback" not in text
+
+
+@of_module
+@pytest.mark.parametrize(
+    ("name", "wall_s", "reasons"),
+    [
+        ("fork_bomb", 2.0, {"wall", "processes"}),
+        ("busy", 1.0, {"wall"}),
+        ("ignored_signals", 1.0, {"wall"}),
+        ("endless_output_of_children", 100.0, {"output"}),
+        # where the kernel counts, it kills one process after another: the first may be the code's own
+        ("memory_of_many", 30.0, {"memory", "exit", "wall"}),
+        ("threads", 2.0, {"wall", "memory", "processes"}),
+    ],
+)
+async def test_exhaustion_ends_with_its_limit(
+    tier_sandbox: Sandbox, name: str, wall_s: float, reasons: set[str]
+) -> None:
+    """The limit that fits ends the call, and the next one is as good as new."""
+    code, _ = EXHAUSTIONS[name]
+    outcome = await tier_sandbox.run(code, limits=Limits(wall_s=wall_s, cpu_s=60))
+    assert outcome.reason in reasons
+    assert (await tier_sandbox.run("print('next')")).output == b"next\n"
+
+
+@of_module
+@pytest.mark.parametrize(
+    ("code", "output", "exit_code"),
+    [
+        ("import sys\nprint('out'); print('é', file=sys.stderr)\n6 * 7", "out\né\n42\n", 0),
+        ("input() + input()", "'ab'\n", 0),
+        ("import sys; sys.exit(3)", "", 3),
+        ("import os; os._exit(137)", "", 137),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "", -signal.SIGKILL),
+        ("print('x' * 999_999)", "x" * 999_999 + "\n", 0),
+    ],
+)
+async def test_a_call_is_a_call_in_every_tier(
+    tier_sandbox: Sandbox, code: str, output: str, exit_code: int
+) -> None:
+    """Output, standard input and exit codes are those of `ns`."""
+    outcome = await tier_sandbox.run(code, stdin=b"a\nb\n")
+    assert (outcome.output.decode(), outcome.exit_code) == (output, exit_code)
+    assert outcome.reason == "exit"
+
+
+@of_module
+async def test_limits_cut_what_they_say(tier_sandbox: Sandbox) -> None:
+    """What was printed before the wall limit is there; output is cut at exactly its limit."""
+    code = "import time\nprint('before')\ntime.sleep(60)"
+    outcome = await tier_sandbox.run(code, limits=Limits(wall_s=1.5))
+    assert (outcome.output, outcome.reason, outcome.exit_code) == (b"before\n", "wall", -9)
+    flood = "while True: print('x' * 99)"
+    outcome = await tier_sandbox.run(flood, limits=Limits(output_bytes=12_345, wall_s=60.0))
+    assert (len(outcome.output), outcome.reason) == (12_345, "output")
+
+
+@of_module
+async def test_nothing_outlives_its_call(
+    tier_sandbox: Sandbox, marker: str, processes_with: FindProcesses
+) -> None:
+    """Neither a daemon of a call that has ended, nor anything of one that is cancelled."""
+    sleeper = f"[sys.executable, '-c', 'import time; time.sleep(600)', {marker!r}]"
+    code = f"import subprocess, sys\nsubprocess.Popen({sleeper}, start_new_session=True)"
+    assert (await tier_sandbox.run(code)).exit_code == 0
+    assert processes_with(marker) == []
+    code = f"import subprocess, sys\nsubprocess.run({sleeper})"
+    call = asyncio.ensure_future(tier_sandbox.run(code, limits=Limits(wall_s=600)))
+    await until(lambda: processes_with(marker))
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await until(lambda: not processes_with(marker))
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until processes have started or ended."""
+    async with asyncio.timeout(30.0):
+        while not condition():  # noqa: ASYNC110 - the processes of others send no events
+            await asyncio.sleep(0.01)
+
+
+@of_module
+async def test_code_cannot_pretend_that_the_sandbox_failed(tier_sandbox: Sandbox) -> None:
+    """Whatever it writes to whatever it reaches, the outcome is one of its own: failed is not zero."""
+    code = """
+import glob, os
+junk = [b'{"error": "forged"}\\n', b'{"of": "end", "size": 2}\\n{}', b'{"of": "end", "size": 3}\\n"x"', b'\\xff' * 99]
+targets = glob.glob('/proc/[0-9]*/fd/[0-9]*') + [f'/proc/self/fd/{fd}' for fd in range(3, 64)]
+for path in targets:
+    for line in junk:
+        try: os.write(os.open(path, os.O_WRONLY | os.O_NONBLOCK), line)
+        except OSError: pass
+"""
+    outcome = await tier_sandbox.run(code, limits=Limits(wall_s=20.0))
+    assert outcome.reason in {"exit", "output"}
+
+
+@of_module
+async def test_mixed_fire(tier_sandbox: Sandbox, targets: tuple) -> None:
+    """Attacks at once and good calls among them: every good one is right, the attacks get nothing."""
+    names = [name for name in INTRUSIONS if name not in NOT_PROMISED[tier_sandbox.tier]][::3]
+    short = Limits(wall_s=5.0)
+    attacks = [tier_sandbox.run(intrusion(name, targets), limits=short) for name in names]
+    attacks.append(tier_sandbox.run(EXHAUSTIONS["busy"][0], limits=short))
+    patient = Limits(wall_s=60.0)
+    good = [tier_sandbox.run(f"sum(range({n}))", limits=patient) for n in range(8)]
+    outcomes = await asyncio.gather(*good, *attacks)
+    assert [outcome.output for outcome in outcomes[:8]] == [
+        b"%d\n" % sum(range(n)) for n in range(8)
+    ]
+    assert not any(b"BREACH" in outcome.output for outcome in outcomes)
+
+
+@of_module
+async def test_python_sessions(tier_sandbox: Sandbox) -> None:
+    """They keep variables and files, give each cell its input, are interrupted, and end with their process."""
+    cells = await tier_sandbox.open_session("python")
+    await cells.run("x = 2\nopen('kept', 'w').write('a')")
+    slow = await cells.run("import time\nx = 3\ntime.sleep(600)", limits=Limits(wall_s=1.0))
+    assert (slow.reason, slow.session) == ("wall", "kept")
+    assert (await cells.run("x, open('kept').read(), input()", stdin=b"b\n")).output == (
+        b"(3, 'a', 'b')\n"
+    )
+    left = await cells.run("import os; os._exit(7)")
+    assert (left.exit_code, left.session) == (7, "ended")
+
+
+@of_module
+async def test_bash_sessions(
+    tier_sandbox: Sandbox, marker: str, processes_with: FindProcesses
+) -> None:
+    """They keep what shells keep, are interrupted, and leave nothing behind."""
+    bash = await tier_sandbox.open_session("bash")
+    await bash.run("x=1; cd /usr; f() { echo f; }")
+    assert (await bash.run("sleep 600", limits=Limits(wall_s=1.0))).exit_code == 130
+    sleeper = f"setsid python3 -c 'import time; time.sleep(600)' {marker} &"
+    assert b"1 /usr\nf\n" in (await bash.run(f"{sleeper} echo $x $PWD; f")).output
+    assert (await bash.run("exit 3")).session == "restarted"
+    assert (await bash.run("echo $PWD")).output == b"/usr\n"
+    await until(lambda: processes_with(marker))
+    await bash.close()
+    assert processes_with(marker) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody; this is a user already")
+@pytest.mark.timeout(600)
+def test_all_of_it_as_an_ordinary_user() -> None:
+    """The same tests, those of `landlock` among them, pass when nobody runs client and server."""
+    if (abi := linux.landlock_abi()) < LEAST_LANDLOCK_ABI:
+        pytest.skip(f"TIER landlock NOT TESTED HERE: Landlock ABI {abi}")
+    names = ("test_attacks.py", "test_tiers.py", "test_sandbox.py", "test_sessions.py")
+    files = [str(Path(__file__).with_name(name)) for name in names]
+    script = str(Path(__file__).with_name("as_nobody.py"))
+    ran = subprocess.run(
+        [sys.executable, script, "-rs", "--deselect", f"{files[2]}::{_LONG}", *files],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = ran.stdout[-5000:] + ran.stderr[-2000:]
+    assert ran.returncode == 0, told
+    assert "TIER landlock NOT TESTED" not in ran.stdout, told
+
+
+_LONG = "test_calls_leave_nothing_behind[2000]"
+"""It looks for leaks, which are the same for every user."""
