@@ -88,7 +88,8 @@ POINTS = (
     Point("learner", "bus.store:put_object", "during"),
     Point("learner", "bus.store:put", "before"),
     Point("learner", "learner.checkpoints:_sync_folder", "before"),
-    Point("learner", "learner.policy:Policy.save_checkpoint", "after"),
+    Point("learner", "learner.checkpoints:write_folder", "after"),
+    Point("learner", "learner.checkpoints:prune_checkpoints", "after"),
     Point("learner", "learner.policy:Policy.export", "before", early=True),
     Point("learner", "actors.learner:Planner._complete", "after"),
 )
