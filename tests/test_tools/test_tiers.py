@@ -6,18 +6,13 @@ Where one cannot run its tests are skipped, and say so by its name.
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from tests.test_tools.attacks import EXHAUSTIONS, INTRUSIONS, intrusion
 from tools.errors import NoSandbox
-from tools.sandbox import linux
-from tools.sandbox.keeper import LEAST_LANDLOCK_ABI
 from tools.sandbox.sandbox import Limits, Sandbox
 from tools.sandbox.select import open_sandbox
 
@@ -213,28 +208,3 @@ async def test_bash_sessions(
     await until(lambda: processes_with(marker))
     await bash.close()
     assert processes_with(marker) == []
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody; this is a user already")
-@pytest.mark.timeout(600)
-def test_all_of_it_as_an_ordinary_user() -> None:
-    """The same tests, those of `landlock` among them, pass when nobody runs client and server."""
-    if (abi := linux.landlock_abi()) < LEAST_LANDLOCK_ABI:
-        pytest.skip(f"TIER landlock NOT TESTED HERE: Landlock ABI {abi}")
-    names = ("test_attacks.py", "test_tiers.py", "test_sandbox.py", "test_sessions.py")
-    files = [str(Path(__file__).with_name(name)) for name in names]
-    script = str(Path(__file__).with_name("as_nobody.py"))
-    ran = subprocess.run(
-        [sys.executable, script, "-rs", "--deselect", f"{files[2]}::{_LONG}", *files],
-        env={k: v for k, v in os.environ.items() if k not in ("DOCKER_HOST", "PYTEST_ADDOPTS")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    told = ran.stdout[-20000:] + ran.stderr[-2000:]
-    assert ran.returncode == 0, told
-    assert "TIER landlock NOT TESTED" not in ran.stdout, told
-
-
-_LONG = "test_calls_leave_nothing_behind[2000]"
-"""It looks for leaks, which are the same for every user."""
