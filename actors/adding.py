@@ -21,12 +21,10 @@ from msgspec.structs import replace
 
 from actors.calling import Toolset
 from actors.errors import UserError
-from actors.joining import reach
+from actors.joining import Reached, reach_all
 from actors.recipe import tools_without_recipe
 from bus import subjects
 from bus.codec import encode
-from bus.connection import Bus
-from bus.log import Log
 from bus.provision import provision
 from schemas.events import Archived, Ended, Opened, ShownFunction, ToolAdded, ToolRemoved
 from tools.errors import ToolError
@@ -49,7 +47,7 @@ def load_added(event: ToolAdded, recipe_dir: str = "") -> Tool:
 
 async def add_tool(what: str, sets: tuple[str, ...], run: str, nats_url: str) -> None:
     """Add a tool to a run, or replace it by a new version. Raises UserError."""
-    async with _open_run(run, nats_url) as (bus, run_log, toolset):
+    async with _open_run(run, nats_url) as (reached, toolset):
         try:
             event = await _addition(what, sets)
             before = toolset.present
@@ -59,8 +57,9 @@ async def add_tool(what: str, sets: tuple[str, ...], run: str, nats_url: str) ->
             toolset.observe(event)
         except ToolError as error:
             raise UserError(f"{what}: {error.detail}") from error
-        await provision(bus, run, [event.queue])
-        await run_log.append_run(event)
+        async with reached.provisioning() as bus:
+            await provision(bus, run, [event.queue])
+        await reached.log.append_run(event)
     old = " instead of the former one, which finishes its calls" if event.tool in before else ""
     click.echo(f"run {run} may call {event.queue} now{old}")
     if not event.use:
@@ -69,27 +68,26 @@ async def add_tool(what: str, sets: tuple[str, ...], run: str, nats_url: str) ->
 
 async def remove_tool(name: str, run: str, nats_url: str) -> None:
     """Let a run call a tool no more. Raises UserError."""
-    async with _open_run(run, nats_url) as (_, run_log, toolset):
+    async with _open_run(run, nats_url) as (reached, toolset):
         present = toolset.present
         if name not in present:
             raise UserError(f"run {run} has no tool {name!r}; it has {', '.join(present)}")
         if toolset.ends(name):
             raise UserError(f"{name} ends trajectories: such a tool stays for the whole run")
-        await run_log.append_run(ToolRemoved(replica="operator", tool=name))
+        await reached.log.append_run(ToolRemoved(replica="operator", tool=name))
     click.echo(f"run {run} calls {name} no more; calls in the log are finished")
 
 
 class _Run(NamedTuple):
-    bus: Bus
-    log: Log
+    reached: Reached
     toolset: Toolset
 
 
 @asynccontextmanager
 async def _open_run(run: str, nats_url: str) -> AsyncIterator[_Run]:
     """A run and the tools that it has now. Raises UserError for one that has ended."""
-    async with reach(run, nats_url) as (bus, run_log):
-        found = [event async for event in run_log.read(subjects.run_event(run))]
+    async with reach_all(run, nats_url) as reached:
+        found = [event async for event in reached.log.read(subjects.run_event(run))]
         events = [stored.event for stored in found]
         if any(isinstance(event, Ended | Archived) for event in events):
             raise UserError(f"run {run!r} has ended")
@@ -106,7 +104,7 @@ async def _open_run(run: str, nats_url: str) -> AsyncIterator[_Run]:
             raise UserError(f"the recipe of run {run}: {error.detail}") from error
         for event in events:
             toolset.take(event)
-        yield _Run(bus, run_log, toolset)
+        yield _Run(reached, toolset)
 
 
 async def _addition(what: str, sets: tuple[str, ...]) -> ToolAdded:

@@ -22,7 +22,7 @@ import msgspec
 
 from actors.errors import UserError
 from actors.fleet import HEARD_S, Fleet
-from actors.joining import reach
+from actors.joining import reach_all
 from actors.run_folder import RunFolder
 from bus import archive as stores
 from bus import subjects
@@ -170,7 +170,8 @@ async def archive(run: str, folder: Path | None, nats_url: str, *, drop: bool, f
     if home.live():
         raise UserError(f"run {run!r} is alive: `actors stop {run}` first")
     path = (folder or home.path) / f"{run}.archive"
-    async with reach(run, nats_url) as (bus, log):
+    async with reach_all(run, nats_url) as reached:
+        bus, log, _ = reached
         if nats_url:
             await _refuse_live(bus, run)
         before = await _archived(log, may_drop=force or not drop)
@@ -185,9 +186,12 @@ async def archive(run: str, folder: Path | None, nats_url: str, *, drop: bool, f
         size_bytes = path.stat().st_size
         click.echo(f"{path}: {tail.messages} messages, {size_bytes} bytes, read back and equal")
         if drop:
-            if before is None:
-                await _note(log, tail)
-            deleted = await stores.delete(bus, run, tail.log_seq)
+            async with reached.provisioning() as provisioning:
+                # first: they are not in the file, and where the store is full the note needs their room
+                deleted = await stores.delete_weights(provisioning, run)
+                if before is None:
+                    await _note(log, tail)
+                deleted += await stores.delete(provisioning, run, tail.log_seq)
             click.echo(f"run {run}: {deleted} messages deleted from the stores")
 
 

@@ -102,8 +102,10 @@ TURNS = _schema(
     ("versions", pa.list_(pa.int32()), "the policy version that sampled the token, else -1"),
     (
         "calls",
-        pa.list_(pa.struct([("tool", pa.string()), ("arguments", pa.string())])),
-        "tool calls in order; arguments as JSON",
+        pa.list_(
+            pa.struct([("tool", pa.string()), ("version", pa.string()), ("arguments", pa.string())])
+        ),
+        "tool calls in order; the tool's version, empty for the recipe's own; arguments as JSON",
     ),
     (
         "results",

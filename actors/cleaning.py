@@ -1,7 +1,8 @@
 """Takes away what a run leaves behind as it goes: the learner old weights, the dispatcher orphaned chunks of blobs.
 
 Kept are version 0, the newest few, and what evaluations still need. Who has read a pointer just before its version
-goes finds the weights missing, and takes the newest.
+goes finds the weights missing, and takes the newest. What goes is replaced by a message, which a full store refuses: so
+it goes before the next version comes, and not when that has found no room.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ _EVERY_S = 60.0
 
 
 class OldWeights:
-    """Deletes a run's old versions; for the learner, between two publications."""
+    """Deletes a run's old versions; for the learner, before each publication."""
 
     def __init__(self, bus: Bus, run: str, recipe: Recipe) -> None:
         self._bus = bus
@@ -58,17 +59,17 @@ class OldWeights:
                 self._pinned.pop(group, None)
 
     def keep(self, newest: int) -> set[int]:
-        """The versions that must stay."""
+        """The versions that must stay beside the one that comes; the newest there is in any case."""
         due = (version for version in self._evaluated if self._begun <= version <= newest)
         pinned = (version for version, _ in self._pinned.values())
-        return {0, *range(newest - self._kept + 1, newest + 1), *pinned, *due}
+        return {0, *range(newest - max(self._kept, 2) + 1, newest + 1), *pinned, *due}
 
     def needed_from(self, read_seq: int) -> int:
         """As `Planner.needed_from` says."""
         return min([*(seq for _, seq in self._pinned.values()), read_seq + 1]) - 1
 
     async def delete(self, newest: int) -> None:
-        """Delete what need not stay, and now and then what a killed learner did not finish to upload."""
+        """Delete what need not stay with the version that comes; now and then also what a killed learner left half."""
         try:
             await policy.delete_versions(self._bus, self._run, self.keep(newest))
             if time.monotonic() - self._looked_s > _EVERY_S:

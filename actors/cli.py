@@ -1,6 +1,5 @@
 """`actors`: train, join, watch and steer runs. Torch is imported by the processes that need it, never here."""
 
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -9,22 +8,13 @@ from typing import Any
 
 import click
 
-from actors.cli_options import go, nats_option, run_option
+from actors.cli_nats import nats_certs, nats_conf
+from actors.cli_options import go, nats_option, run_option, size
 from actors.cli_tools import tools
 from actors.errors import UserError
+from actors.logs import set_up_logging
 from bus.errors import BusError
-
-ROLE_NAMES = ["dispatcher", "generator", "toolbox", "scorer", "learner", "recorder", "gateway"]
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def size(text: str) -> int:
-    """A number of bytes, written as `50GB`, `500MB` or `4096`."""
-    found = re.fullmatch(r"([0-9]{1,9})\s*([KMGT]B)?", text.strip(), re.IGNORECASE)
-    if found is None or int(found[1]) == 0:
-        raise click.BadParameter(f"{text!r} is no size: write it as 50GB or 500MB")
-    return int(found[1]) * _UNITS[(found[2] or "").upper()]
+from bus.subjects import KEPT
 
 
 class Commands(click.Group):
@@ -45,6 +35,7 @@ class Commands(click.Group):
 @click.version_option(package_name="agentic-actors")
 def main() -> None:
     """Train language-model agents that use tools, by reinforcement learning, as processes on NATS."""
+    set_up_logging()
 
 
 def _run_name(given: str | None, recipe_name: str) -> str:
@@ -70,30 +61,42 @@ def _run_name(given: str | None, recipe_name: str) -> str:
     type=size,
     metavar="SIZE",
     envvar="ACTORS_LOG_LIMIT",
+    show_envvar=True,
     help="What the log of all runs on the server may take, e.g. 50GB; near it admission stops. "
     "By default it stays as it is, at first without a limit.",
 )
-def train(
+@click.option(
+    "--no-replicas",
+    is_flag=True,
+    help="Open the run at --nats, watch it and report; its replicas are started elsewhere, by "
+    "`actors run ROLE --unsupervised`.",
+)
+def train(  # noqa: PLR0913 (one for each option)
     recipe_path: Path,
     overrides: tuple[str, ...],
     run: str | None,
     nats_url: str,
     dry_run: bool,
     log_limit: int | None,
+    no_replicas: bool,
 ) -> None:
     """Train RECIPE (a TOML file), or resume a run."""
     from rich.console import Console
 
+    from actors.preflight import check_names
     from actors.recipe import load_recipe, sentence, to_toml
+    from actors.train import report
     from actors.train import train as train_run
 
     recipe = load_recipe(recipe_path, overrides)
+    folder = str(recipe_path.resolve().parent)
     name = _run_name(run, recipe.name)
     if dry_run:
         click.echo(sentence(recipe) + to_toml(recipe), nl=False)
+        check_names(recipe, folder)
         return
-    folder = str(recipe_path.resolve().parent)
-    go(train_run(recipe, folder, name, nats_url, Console(), log_limit))
+    begin = report if no_replicas else train_run
+    go(begin(recipe, folder, name, nats_url, Console(), log_limit))
 
 
 @main.command("serve")
@@ -109,8 +112,8 @@ def serve_tools(
     """Serve the tools of RECIPE to other trainers, as VerlTool's tool server does."""
     from rich.console import Console
 
-    from actors.recipe import load_recipe
-    from actors.serving import NO_POLICY, serve
+    from actors.recipe import NO_POLICY, load_recipe
+    from actors.serving import serve
 
     recipe = load_recipe(recipe_path, (*overrides, *NO_POLICY))
     name = _run_name(run, recipe.name)
@@ -118,7 +121,7 @@ def serve_tools(
 
 
 @main.command("run")
-@click.argument("role", type=click.Choice(ROLE_NAMES))
+@click.argument("role", metavar="ROLE", type=click.Choice(KEPT))
 @click.option("--replicas", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option(
     "--ranks",
@@ -138,6 +141,11 @@ def serve_tools(
     metavar="KEY=VALUE",
     help="With --shadow: a key of [learner] that it has otherwise, e.g. learner.learning_rate=1e-5.",
 )
+@click.option(
+    "--unsupervised",
+    is_flag=True,
+    help="Be the one replica, in this very process: for containers, whose engine starts it again.",
+)
 @run_option
 @nats_option
 def run_role(  # noqa: PLR0913 (one for each option)
@@ -146,10 +154,14 @@ def run_role(  # noqa: PLR0913 (one for each option)
     ranks: int | None,
     shadow: str | None,
     overrides: tuple[str, ...],
+    unsupervised: bool,
     run: str | None,
     nats_url: str,
 ) -> None:
-    """Add replicas of ROLE to a live run, until they are stopped."""
+    """Add replicas of ROLE to a live run, until they are stopped.
+
+    ROLE: dispatcher, generator, toolbox, scorer, learner, recorder or gateway.
+    """
     if shadow is not None:
         if role != "learner" or replicas > 1 or ranks is not None:
             raise UserError("run: --shadow is for one learner: actors run learner --shadow NAME")
@@ -160,6 +172,12 @@ def run_role(  # noqa: PLR0913 (one for each option)
         raise UserError("run: --set needs --shadow NAME; a run's recipe is given to `actors train`")
     if ranks is not None and role != "learner":
         raise UserError(f"run: --ranks is for learner; of {role} there are --replicas")
+    if unsupervised:
+        if replicas > 1 or ranks is not None:
+            raise UserError("run: --unsupervised is one replica, as the run's recipe has it")
+        from actors.alone import run_alone
+
+        run_alone(role, run, nats_url)  # type: ignore[arg-type]
     from actors.joining import add_replicas
 
     go(add_replicas(role, replicas, run, nats_url, ranks))  # type: ignore[arg-type]
@@ -357,6 +375,8 @@ def dead_drop(seq: int | None, every: bool, run: str | None, nats_url: str) -> N
 
 
 main.add_command(tools)
+main.add_command(nats_conf)
+main.add_command(nats_certs)
 
 
 @main.command()

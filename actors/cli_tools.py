@@ -53,7 +53,10 @@ def tools_schema(name: str, recipe_path: Path | None, overrides: tuple[str, ...]
 def tools_call(
     name: str, arguments: str, task: str, recipe_path: Path | None, overrides: tuple[str, ...]
 ) -> None:
-    """Call the tool NAME with ARGUMENTS: a JSON object, or what a call's body would hold."""
+    """Call the tool NAME with ARGUMENTS: a JSON object, or what a call's body would hold.
+
+    Not for tools that keep a session: only a trajectory has one.
+    """
     from actors.trying import call_tool
 
     go(call_tool(name, arguments, recipe_path, task, overrides))
@@ -73,7 +76,7 @@ def tools_call(
 def tools_add(run: str, tool: str, overrides: tuple[str, ...], nats_url: str) -> None:
     """Let RUN call a tool from now on, or another version of one that it has.
 
-    FILE.json is what `tools schema` prints, of a tool that a worker of its own serves (docs/wire.md).
+    FILE.json has the form that `tools schema` prints, and is of a tool that a worker of its own serves (docs/wire.md).
     """
     from actors.adding import add_tool
 

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from actors.errors import RecipeError
+from actors.row_images import PicturedRow, RowImage, without_parts
 from schemas import names
 from schemas.recipe import Data, Evaluation, Recipe
 from schemas.task import TaskRow
@@ -28,11 +29,15 @@ def load_function(name: str, key: str, recipe_dir: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def _row(value: Any, where: str) -> TaskRow:
+def _row(value: Any, where: str, recipe_dir: str) -> TaskRow:
+    images: tuple[RowImage, ...] = ()
+    if isinstance(value, dict):
+        value, images = without_parts(value, where, recipe_dir)
     try:
-        return value if isinstance(value, TaskRow) else msgspec.convert(value, TaskRow)
+        row = value if isinstance(value, TaskRow) else msgspec.convert(value, TaskRow)
     except msgspec.ValidationError as error:
         raise RecipeError(where, "", f"{error}") from error
+    return PicturedRow(**msgspec.structs.asdict(row), images=images) if images else row
 
 
 def _jsonl(path: Path) -> Iterator[Any]:
@@ -91,10 +96,10 @@ def find_file(path: str, key: str, recipe_dir: str) -> Path:
 def read_rows(path: str, key: str, recipe_dir: str) -> list[TaskRow]:
     """All rows of a file or a hub data set. Raises RecipeError naming the file and the row."""
     if path.startswith("hf:"):
-        return [_row(value, f"{path} row {i}") for i, value in enumerate(_hub(path), 1)]
+        return [_row(value, f"{path} row {i}", recipe_dir) for i, value in enumerate(_hub(path), 1)]
     file = find_file(path, key, recipe_dir)
     values = _READERS[file.suffix](file)
-    rows = [_row(value, f"{file} row {i}") for i, value in enumerate(values, 1)]
+    rows = [_row(value, f"{file} row {i}", recipe_dir) for i, value in enumerate(values, 1)]
     if not rows:
         raise RecipeError("recipe", key, f"{file} has no rows")
     return rows
@@ -104,20 +109,20 @@ def training_rows(data: Data, seed: int, recipe_dir: str) -> Iterator[TaskRow]:
     """Every task in the order of the run; the same for the same seed, so that a resume can skip ahead."""
     if data.rows:
         make = load_function(data.rows, "data.rows", recipe_dir)
-        return _made(make, data.rows, seed)
+        return _made(make, data, seed, recipe_dir)
     if not data.path:
         return iter(())  # nothing is trained
     return _epochs(read_rows(data.path, "data.path", recipe_dir), data.shuffle, seed)
 
 
-def _made(make: Callable[..., Any], name: str, seed: int) -> Iterator[TaskRow]:
+def _made(make: Callable[..., Any], data: Data, seed: int, recipe_dir: str) -> Iterator[TaskRow]:
     """What the function gives; from its beginning again if that ends."""
     while True:
         row = None
         for number, value in enumerate(make(seed), 1):
-            yield (row := _row(value, f"{name} row {number}"))
+            yield (row := _row(value, f"{data.rows} row {number}", recipe_dir))
         if row is None:
-            raise RecipeError("recipe", "data.rows", f"{name!r} gives no rows")
+            raise RecipeError("recipe", "data.rows", f"{data.rows!r} gives no rows")
 
 
 def _epochs(rows: list[TaskRow], shuffle: bool, seed: int) -> Iterator[TaskRow]:
@@ -133,7 +138,8 @@ def evaluation_rows(evaluation: Evaluation, recipe: Recipe, recipe_dir: str) -> 
     if evaluation.rows:
         values = load_function(evaluation.rows, "evaluation.rows", recipe_dir)(recipe.seed)
         limited = itertools.islice(values, evaluation.limit)
-        return [_row(value, f"{evaluation.rows} row {i}") for i, value in enumerate(limited, 1)]
+        made = enumerate(limited, 1)
+        return [_row(value, f"{evaluation.rows} row {i}", recipe_dir) for i, value in made]
     if evaluation.path:
         return read_rows(evaluation.path, "evaluation.path", recipe_dir)[: evaluation.limit]
     return []

@@ -7,7 +7,7 @@ import click
 import msgspec
 
 from actors.errors import UserError
-from actors.joining import reach
+from actors.joining import reach, reach_all
 from actors.views import columns, visible
 from bus.codec import decode
 from bus.connection import Bus
@@ -53,14 +53,15 @@ async def replay_dead(seq: int, run: str | None, nats_url: str) -> int:
 
 async def drop(seq: int | None, run: str | None, nats_url: str) -> None:
     """Delete one, or all when none is named. Raises UserError when there is none."""
-    async with reach(run, nats_url) as (bus, log):
+    async with reach_all(run, nats_url) as reached:
         if seq is None:
-            found = await dead_letters(bus, log.run)
+            found = await dead_letters(reached.bus, reached.log.run)
         else:
-            found = [await _find(bus, log.run, seq)]
+            found = [await _find(reached.bus, reached.log.run, seq)]
         dropped = 0
-        for dead in found:
-            dropped += await drop_dead(bus, dead.raw.seq)
+        async with reached.provisioning() as bus:
+            for dead in found:
+                dropped += await drop_dead(bus, dead.raw.seq)
         click.echo(f"{dropped} dropped")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from actors.row_images import RowImage
 from bus.work import Queue
 from schemas.events import Admitted, Dropped, Ended, Expired, Failed
 
@@ -24,10 +25,12 @@ class View(NamedTuple):
 
 
 class Admit(NamedTuple):
-    """Put the private part away if there is one, then append these and wake a generator for each."""
+    """Put images and the private part away if there are any, then append these and wake a generator for each."""
 
     events: list[Admitted]
     private: dict[str, Any] | None = None
+    images: tuple[RowImage, ...] = ()
+    """Of the messages, which are the same in all of them."""
 
 
 class End(NamedTuple):

@@ -134,8 +134,8 @@ class Dispatcher:
         if isinstance(event, Turn):
             self._fresh -= live.fresh
             live.fresh = False
-            if live.oldest_version is None:
-                live.oldest_version = event.tokens.oldest_version
+            versions = (live.oldest_version, event.tokens.oldest_version)
+            live.oldest_version = min((each for each in versions if each is not None), default=None)
         elif isinstance(event, Scored):
             self._recent.append("")
 
@@ -350,7 +350,8 @@ class Dispatcher:
         if self._evaluation_again:
             yield Admit(list(self._evaluation_again.values()))
         for task in self._evaluations.upcoming(policy_version):
-            yield Admit([self._member(task.template, task.group, 0, 0)], task.private)
+            event = self._member(task.template, task.group, 0, 0)
+            yield Admit([event], task.private, task.images)
 
     def _release(self) -> Iterator[Decision]:
         """Wake all at a barrier, once the last has reached it."""
@@ -372,9 +373,8 @@ class Dispatcher:
             free = min(free, 1 - self._unfinished_groups())
         for task in itertools.islice(self._tasks.upcoming(view.policy_version), max(0, free)):
             members = range(learner.group_size)
-            yield Admit(
-                [self._member(task.template, task.group, m, 0) for m in members], task.private
-            )
+            events = [self._member(task.template, task.group, m, 0) for m in members]
+            yield Admit(events, task.private, task.images)
 
     def _unfinished_groups(self) -> int:
         """Training groups of which something is still to come; those that wait for the learner are not among them."""

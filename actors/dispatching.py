@@ -6,17 +6,23 @@ import time
 from collections.abc import Iterable
 
 import structlog
+from msgspec import structs
 
+from actors import metrics
 from actors.cleaning import delete_orphaned_blobs
 from actors.data import evaluation_rows, training_rows
 from actors.decisions import Admit, Decision, End, Finish, Sweep, View, Wake
 from actors.dispatcher import Dispatcher
+from actors.errors import RecipeError
 from actors.fleet import HEARD_S, Fleet
+from actors.images import store_images
 from actors.learner import NAME, is_shadow
 from actors.process import Process
+from actors.row_images import load_row_image, with_images
 from actors.watchdog import Sight, Waiting, Watchdog
 from bus import policy, private, subjects
 from bus.bookmark import read_bookmark, write_bookmark
+from bus.codec import encode
 from bus.dead import follow_dead
 from bus.errors import BusError, Conflict, Unavailable
 from bus.lease import Lease
@@ -25,7 +31,6 @@ from bus.room import shortage
 from bus.work import Queue, backlog, publish_work
 from schemas.events import (
     Admitted,
-    AnyTrajectoryEvent,
     Dropped,
     Expired,
     Failed,
@@ -40,6 +45,8 @@ log = structlog.get_logger()
 _PATROL_S = 1.0
 _POLL_S = 0.1
 _APPENDS_AT_ONCE = 32
+_ENVELOPE_BYTES = 4096
+"""More than a message's headers, and what longer names take."""
 
 
 class Dispatching:
@@ -76,6 +83,7 @@ class Dispatching:
         """With barriers: what is to be woken, folded here so that a barrier costs no reading."""
         process.vitals.stalls = []
         process.vitals.phase = "standby"
+        metrics.stop_acting()
 
     async def serve(self) -> None:
         """Wait for the lease and act; when it is lost, wait again, until the run ends or we are told to stop."""
@@ -92,6 +100,7 @@ class Dispatching:
 
     async def _hold(self, lease: Lease) -> None:
         """Act until the lease is lost, the run ends or we are told to stop."""
+        metrics.ACTING.set(1)
         tasks = [
             asyncio.ensure_future(each)
             for each in (
@@ -149,7 +158,10 @@ class Dispatching:
             if self._dispatcher.ended:
                 return
             await self._keep_place(read_seq)
-            await self._carry_out(await self._decisions(now))
+            decisions = [await self._pictured(each) for each in await self._decisions(now)]
+            ready = [each for each in decisions if each is not None]
+            self._check_sizes(ready)
+            await self._carry_out(ready)
 
     async def _resume(self) -> int:
         """Begin at the bookmark; returns where to read on. Of what was before, only the run's own events are read."""
@@ -220,6 +232,8 @@ class Dispatching:
         # a run that only serves tools waits for no version 0
         version = self._policy_version if self._process.recipe.policy.model else 0
         sight = Sight(now_s, live, heard, self._queues, version)
+        metrics.show_work(sight)
+        metrics.show_fleet(self._fleet.alive(), version)
         changes = self._watchdog.look(sight)
         self._process.vitals.stalls = changes.stalls
         for stall in changes.begun:
@@ -229,6 +243,8 @@ class Dispatching:
 
     def _say_how_it_goes(self) -> None:
         cause = self._dispatcher.failing_cause
+        paused, no_room = self._dispatcher.paused, bool(self._shortage)
+        metrics.show_admission(paused=paused, no_room=no_room, failing=bool(cause))
         phase = f"admission backs off: most trajectories fail with {cause}" if cause else ""
         if self._shortage:
             phase = (
@@ -255,6 +271,36 @@ class Dispatching:
             if state is not None and state.next_hop is not None:
                 self._states[event.trajectory] = state
 
+    async def _pictured(self, decision: Decision) -> Decision | None:
+        """The decision, with the images of an admission put away; None when they cannot be now. Raises RecipeError."""
+        if not isinstance(decision, Admit) or not decision.images:
+            return decision
+        process = self._process
+        try:
+            images = [
+                await asyncio.to_thread(load_row_image, image, process.recipe_dir)
+                for image in decision.images
+            ]
+            stored = await store_images(process.bus, process.run, images)
+        except BusError as error:
+            log.warning("images not put away; decided anew", error=str(error))
+            return None
+        public = with_images(decision.events[0].public, decision.images, stored)
+        events = [structs.replace(event, public=public) for event in decision.events]
+        return Admit(events, decision.private)
+
+    def _check_sizes(self, decisions: Iterable[Decision]) -> None:
+        """Raises RecipeError for a row of which no message holds a part: it would never be admitted."""
+        limit_bytes = self._process.bus.client.max_payload - _ENVELOPE_BYTES
+        for each in decisions:
+            if isinstance(each, Admit):
+                # those of a group are the same but for their names, and all others were admitted before
+                parts = {"public": each.events[0], "private": each.private}
+                for part, content in parts.items():
+                    if (size_bytes := len(encode(content))) > limit_bytes:
+                        why = f"{size_bytes} bytes as msgpack; a message of the bus holds {limit_bytes}"
+                        raise RecipeError(f"task {each.events[0].task}", part, why)
+
     async def _carry_out(self, decisions: Iterable[Decision]) -> None:
         async with asyncio.TaskGroup() as group:
             for decision in decisions:
@@ -274,7 +320,8 @@ class Dispatching:
                 assert isinstance(decision, Finish)
                 await self._process.log.append_run(decision.event)
         except BusError as error:
-            log.warning("not done; decided anew", decision=repr(decision)[:200], error=str(error))
+            what = type(decision).__name__  # an admission holds answers
+            log.warning("not done; decided anew", decision=what, error=str(error))
 
     async def _admit(self, decision: Admit) -> None:
         process = self._process
@@ -301,7 +348,8 @@ class Dispatching:
                     return  # it has moved: decided anew when the log shows how
                 self._appended(event, seq)
 
-    def _appended(self, event: AnyTrajectoryEvent, seq: int) -> None:
+    def _appended(self, event: Admitted | Expired | Failed | Dropped, seq: int) -> None:
+        metrics.appended(event)
         self._appended_seq = max(self._appended_seq, seq)
         self._dispatcher.observe(event, seq, time.monotonic())
 
@@ -328,5 +376,7 @@ class Dispatching:
     async def _sweep(self, trajectory: str) -> None:
         state = await self._process.log.trajectory(trajectory)
         if state is not None:
-            log.warning("swept", trajectory=trajectory, stage=state.next_hop)
+            stage = state.next_hop.stage if state.next_hop else ""
+            log.warning("swept", trajectory=trajectory, stage=stage)
+            metrics.SWEPT.labels(stage).inc()
             await publish_work(self._process.bus, self._process.run, state, again=True)

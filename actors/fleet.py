@@ -4,6 +4,7 @@ import time
 from contextlib import suppress
 from typing import NamedTuple
 
+from actors.metrics import HEARTBEATS
 from bus import subjects
 from bus.codec import decode
 from bus.connection import Bus, Message
@@ -36,7 +37,8 @@ class Fleet:
         async def on_beat(message: Message) -> None:
             with suppress(BadMessage):
                 beat: Heartbeat = decode(message.data, Heartbeat, message.subject)
-                if beat.run == run:
+                said = subjects.heartbeat(beat.role, beat.replica)
+                if beat.run == run and message.subject == said:
                     self.take(beat, time.monotonic())
 
         await bus.subscribe(subjects.heartbeat(), on_beat)
@@ -47,6 +49,7 @@ class Fleet:
             self._flows_since_s = now_s
         self._last_s = now_s
         self._beats[beat.replica] = (beat, now_s)
+        HEARTBEATS.labels(beat.role).inc()
 
     def flows_s(self, now_s: float) -> float:
         """For how long heartbeats have come without a gap: only then is a replica's silence its own.

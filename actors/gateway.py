@@ -40,9 +40,9 @@ from schemas.events import (
     Paused,
     Result,
     Resumed,
-    StoredImage,
     Turn,
 )
+from schemas.images import StoredImage
 from schemas.task import PublicPart
 from schemas.tokens import Tokens
 from schemas.trajectory import Trajectory, TrajectoryId, fold

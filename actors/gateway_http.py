@@ -19,6 +19,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from structlog.contextvars import bound_contextvars
 
 from actors.calling import Toolset, run_events
 from actors.errors import RecipeError
@@ -27,6 +28,7 @@ from actors.gateway import Gateway, NotNow, TooLarge
 from actors.gateway_actions import Actions
 from actors.gateway_requests import Action, Answer, BadRequest, read_request, reply_to
 from actors.heartbeat import STARTING
+from actors.metrics import including
 from actors.process import Process
 from bus.errors import BusError
 from schemas import recipe
@@ -113,6 +115,7 @@ class Door:
         self._active = 0
         """Those under way."""
         self._figures = Figures()
+        self.registry = self._figures.registry
         self._figures.in_flight.set_function(lambda: self._active)
         self._figures.waiting.set_function(lambda: self._inside - self._active)
         self._begun_s = time.monotonic()
@@ -173,7 +176,8 @@ class Door:
             begun_s = time.monotonic()
             self._active += 1
             try:
-                answer = await self._gateway.answer(action)
+                with bound_contextvars(stage="gateway", trajectory=action.trajectory):
+                    answer = await self._gateway.answer(action)
             finally:
                 self._active -= 1
         self._figures.count(answer, time.monotonic() - begun_s)
@@ -246,14 +250,14 @@ async def serve(process: Process) -> None:
     await gateway.hear()
     await fleet.hear(process.bus, process.run)
     door = Door(process, gateway, fleet, toolset)
-    with listen(config) as listener:
+    with listen(config) as listener, including(door.registry):
         host, port = listener.getsockname()[:2]
         server = _Server(
             uvicorn.Config(
                 door.app,
                 http="h11",
                 lifespan="off",
-                log_level="warning",
+                log_config=None,
                 access_log=False,
                 backlog=_BACKLOG,
                 timeout_keep_alive=_KEEP_ALIVE_S,

@@ -13,11 +13,13 @@ from typing import ClassVar, NamedTuple
 
 from actors.actor import HopFailed
 from actors.calling import Calling
+from actors.pictures import Pictures
 from bus.subjects import Stage
-from engines.chat import Chat
+from engines.chat import Chat, Content
 from engines.engine import Engine, Sample, SampleRequest
 from engines.errors import EngineError
 from schemas.events import Admitted, Event, Turn
+from schemas.images import ImageInput
 from schemas.recipe import Recipe
 from schemas.task import PublicPart
 from schemas.tokens import Tokens
@@ -102,6 +104,8 @@ class Prepared(NamedTuple):
     ids: list[int]
     """[T] everything so far, with what is given now."""
     given: list[int]
+    begun: int
+    """How many of the last `ids` are of the turn that goes on."""
     max_tokens: int
 
 
@@ -120,11 +124,13 @@ class Generator:
         self._chat = chat
         self.calling = calling
         """Replaced when a tool is added or removed."""
+        self.pictures: Pictures | None = None
+        """Set for a model that sees images."""
         self._replica = replica
 
     async def handle(self, state: Trajectory) -> Turn:
         """Sample the next turn."""
-        prepared = self._prepare(state)
+        prepared = await self._prepare(state)
         if prepared.max_tokens <= 0:
             return Turn(
                 trajectory=state.id,
@@ -136,6 +142,8 @@ class Generator:
             )
         request = SampleRequest(
             ids=prepared.ids,
+            begun=prepared.begun,
+            images=await self._images(state, prepared.given),
             max_tokens=prepared.max_tokens,
             temperature=state.admitted.temperature,
             stop=self._stop(state.admitted),
@@ -155,13 +163,13 @@ class Generator:
         async with self._policies.exactly(admitted.pinned_policy_version) as engine:
             return await engine.sample(request)
 
-    def _prepare(self, state: Trajectory) -> Prepared:
-        given = self._given(state)
+    async def _prepare(self, state: Trajectory) -> Prepared:
+        given = await self._given(state)
         ids = [*state.tokens.ids_T, *given]
         begun = sum(turn.tokens.sampled_count for turn in state.open_pieces())
         policy = self._policy
         room = min(policy.max_turn_tokens - begun, policy.max_tokens - len(ids))
-        return Prepared(ids, given, room)
+        return Prepared(ids, given, begun, room)
 
     def _stop(self, admitted: Admitted) -> tuple[str, ...]:
         granted = self.calling.granting(admitted.public.tools)
@@ -176,17 +184,32 @@ class Generator:
             return self._chat.prompt_ids(with_functions(public.messages, granted))
         return self._chat.prompt_ids(public.messages)
 
-    def _given(self, state: Trajectory) -> list[int]:
+    async def _images(self, state: Trajectory, given: list[int]) -> list[ImageInput]:
+        if self.pictures is None:
+            return []
+        return await self.pictures.inputs(state.images, state.tokens + Tokens.given(given))
+
+    async def _given(self, state: Trajectory) -> list[int]:
         """The tokens that the policy is given before it goes on."""
         if not state.turns:
-            return self._prompt_ids(state.admitted.public)
+            ids = self._prompt_ids(state.admitted.public)
+            if self.pictures:
+                return await self.pictures.prompt(ids, state.images)
+            if state.images:
+                why = "public.messages have images, and policy.model sees none"
+                raise HopFailed("recipe", "image_in_messages", why)
+            return ids
         last = state.turns[-1]
         if last.finish_reason == "partial":
             return []
-        results = [result.text for result in state.results_of(len(state.turns) - 1)]
-        texts = [*results, *([last.feedback] if last.feedback else [])]
+        contents: list[Content] = [
+            await self.pictures.content(result) if self.pictures else result.text
+            for result in state.results_of(len(state.turns) - 1)
+        ]
+        if last.feedback:
+            contents.append(last.feedback)
         ended = last.tokens.ids_T[-1] in self._chat.end_ids
-        return self._chat.observation_ids(texts, self._policy.observation_role, ended)
+        return self._chat.observation_ids(contents, self._policy.observation_role, ended)
 
     def _turn(self, state: Trajectory, given: list[int], sample: Sample) -> Turn:
         text = self._chat.decode(sample.ids)
@@ -203,7 +226,9 @@ class Generator:
         begun = [id_ for piece in state.open_pieces() for id_ in piece.tokens.sampled_ids]
         whole = self._chat.decode([*begun, *sample.ids], special=True)
         parsed = self.calling.parse(whole, state.admitted.public.tools)
-        limit = sample.finish_reason == "length" or state.turn_count + 1 >= self._policy.max_turns
+        goes_on = bool(parsed.calls or parsed.feedback) and not parsed.ends
+        no_turn_left = goes_on and state.turn_count + 1 >= self._policy.max_turns
+        limit = sample.finish_reason == "length" or no_turn_left
         return Turn(
             trajectory=state.id,
             replica=self._replica,
@@ -211,8 +236,8 @@ class Generator:
             text=text,
             calls=parsed.calls,
             feedback=parsed.feedback,
-            finish_reason=sample.finish_reason,
-            last=limit or parsed.ends or not (parsed.calls or parsed.feedback),
+            finish_reason="length" if limit else "stop",
+            last=limit or not goes_on,
         )
 
     async def drain(self) -> None:

@@ -41,9 +41,14 @@ class Vitals:
     phase: str = "starting"
     policy_version: int = -1
     held: dict[tuple[str, int], tuple[str, float]] = field(default_factory=dict)
-    """Trajectory and its log sequence → stage, and since when (monotonic seconds; infinity: not begun)."""
+    """Trajectory and its log sequence → stage, and since when (monotonic seconds).
+
+    Infinity: it is not begun, or it is handled and waits for the log.
+    """
     stalls: list[Stall] = field(default_factory=list)
     """What it sees stand still, longest first."""
+    metrics: str = ""
+    """Where it answers Prometheus, as host:port."""
     started_s: float = field(default_factory=time.monotonic)
     loop_ran_s: float = field(default_factory=time.monotonic)
     """When the event loop last ran."""
@@ -69,6 +74,7 @@ class Vitals:
             loop_lag_s=max(0.0, now - self.loop_ran_s),
             rss_bytes=psutil.Process().memory_info().rss,
             stalls=self.stalls[:_STALLS_SHOWN],
+            metrics=self.metrics,
         )
 
 

@@ -1,11 +1,11 @@
-"""Images of observations: their bytes go to the store, the log names them by their hash."""
+"""Images of messages and observations: their bytes go to the store, the log names them by their hash."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 from bus import blobs
 from bus.connection import Bus
-from schemas.events import StoredImage
+from schemas.images import StoredImage
 from tools.tool import Image
 
 StoreImages = Callable[[Sequence[Image]], Awaitable[list[StoredImage]]]

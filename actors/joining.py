@@ -4,23 +4,26 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import NamedTuple
 
 import click
 from msgspec.structs import replace
+from structlog.contextvars import bind_contextvars
 
 from actors.errors import UserError
 from actors.fleet import HEARD_S, Fleet
-from actors.process import opened
+from actors.process import opened, until_over
 from actors.run_folder import RUNS, RunFolder, find_live
 from actors.supervisor import Supervisor
 from actors.views import alive_table, event_json, event_line, stall_lines, trajectory_text
-from bus import subjects
-from bus.connection import Bus, Endpoint, connect
+from bus.connection import Bus, connect
 from bus.embedded import EmbeddedServer
+from bus.errors import InUse
 from bus.log import Log, open_log
+from bus.logins import Logins, read_logins
 from schemas.events import AnyRunEvent, Ended, Paused, Resumed, Stopping
 from schemas.messages import RoleName
 from schemas.trajectory import TrajectoryId
@@ -30,52 +33,94 @@ STEERING: dict[str, AnyRunEvent] = {
     "resume": Resumed(replica="operator"),
     "stop": Stopping(replica="operator", reason="`actors stop`"),
 }
+_IN_USE_S = 15.0
+"""So long may a run that stops, and is not alive any more, take to end its server."""
+_LOOK_AGAIN_S = 0.1
 
 
-def _where(run: str | None, nats_url: str) -> tuple[str, Endpoint]:
-    """The run and its server. Raises UserError."""
+def _where(run: str | None, nats_url: str) -> tuple[str, Logins]:
+    """The run, and how to be let in at its server. Raises UserError, BadLogin."""
     if not nats_url:
         return find_live(run)
     if run is None:
-        raise UserError("--nats needs --run NAME: a server may hold many runs")
-    return run, Endpoint(url=nats_url)
+        raise UserError("--nats, or NATS_URL, needs --run NAME: a server may hold many runs")
+    return run, read_logins(nats_url)
 
 
 class Served(NamedTuple):
     """A run whose server can be reached."""
 
     run: str
-    endpoint: Endpoint
+    logins: Logins
     at_rest: bool
     """Nothing more will come."""
 
 
-@contextmanager
-def serving(run: str | None, nats_url: str) -> Iterator[Served]:
-    """A run, live or at rest: for one at rest its server is started on its store for as long. Raises UserError."""
-    at_rest = run is not None and not nats_url and not RunFolder(run).live()
-    if at_rest and (store := RunFolder(run or "").nats).is_dir():
-        server = EmbeddedServer(store)
-        server.start()
-        try:
-            yield Served(run or "", server.endpoint, at_rest=True)
-        finally:
-            server.stop()
-        return
+@asynccontextmanager
+async def serving(run: str | None, nats_url: str) -> AsyncIterator[Served]:
+    """A run, live or at rest: for one at rest its server is started on its store for as long.
+
+    Raises UserError, and InUse when another command has started one there.
+    """
+    if run is not None and not nats_url and RunFolder(run).nats.is_dir():
+        server = EmbeddedServer(RunFolder(run).nats)
+        if await start_at_rest(server, RunFolder(run)):
+            try:
+                yield Served(run, server.logins, at_rest=True)
+            finally:
+                server.stop()
+            return
     yield Served(*_where(run, nats_url), at_rest=False)
+
+
+async def start_at_rest(server: EmbeddedServer, folder: RunFolder) -> bool:
+    """Start a run's server once no other is on its store; False when the run is, or becomes, alive.
+
+    Raises InUse when that takes too long.
+    """
+    end = time.monotonic() + _IN_USE_S
+    while not folder.live():
+        try:
+            server.start()
+        except InUse:
+            if time.monotonic() > end:
+                raise
+            await asyncio.sleep(_LOOK_AGAIN_S)
+        else:
+            return True
+    return False
+
+
+class Reached(NamedTuple):
+    """A run, as its operator."""
+
+    bus: Bus
+    log: Log
+    logins: Logins
+
+    def provisioning(self) -> AbstractAsyncContextManager[Bus]:
+        """A connection of the one who may change streams and consumers, and delete what they hold."""
+        return connect(self.logins.of("provision"), "operator provisions")
 
 
 @asynccontextmanager
 async def reach(run: str | None, nats_url: str) -> AsyncIterator[tuple[Bus, Log]]:
     """A run's log, live or at rest. Raises UserError."""
-    with serving(run, nats_url) as served:
-        async with (
-            connect(served.endpoint, "operator") as bus,
-            open_log(bus, served.run) as log,
-        ):
-            if not served.at_rest and await opened(log) is None:
-                raise UserError(f"no run {served.run!r} at {served.endpoint.url}")
-            yield bus, log
+    async with reach_all(run, nats_url) as (bus, log, _):
+        yield bus, log
+
+
+@asynccontextmanager
+async def reach_all(run: str | None, nats_url: str) -> AsyncIterator[Reached]:
+    """The same, with what it takes to delete of it, or to add to its streams."""
+    async with (
+        serving(run, nats_url) as served,
+        connect(served.logins.of("operator"), "operator") as bus,
+        open_log(bus, served.run) as log,
+    ):
+        if not served.at_rest and await opened(log) is None:
+            raise UserError(f"no run {served.run!r} at {served.logins.url}")
+        yield Reached(bus, log, served.logins)
 
 
 async def add_replicas(
@@ -85,23 +130,27 @@ async def add_replicas(
 
     `ranks`: of a learner, instead of what the recipe says.
     """
-    name, endpoint = _where(run, nats_url)
+    name, logins = _where(run, nats_url)
+    bind_contextvars(run=name, role="supervisor")
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with connect(endpoint, f"supervisor {role}") as bus, open_log(bus, name) as log:
+    async with (
+        connect(logins.of("supervisor"), f"supervisor {role}") as bus,
+        open_log(bus, name) as log,
+    ):
         event = await opened(log)
         if event is None:
-            raise UserError(f"no run {name!r} at {endpoint.url}")
+            raise UserError(f"no run {name!r} at {logins.url}")
         folder = RunFolder(name)
         home = None if nats_url else folder.live()
         gone = asyncio.Event()
         if home is not None:
-            _watch_process(home.supervisor_pid, gone)
+            watch_process(home.supervisor_pid, gone)
         recipe = event.recipe
         if ranks is not None:
             recipe = replace(recipe, learner=replace(recipe.learner, ranks=ranks))
-        supervisor = Supervisor(name, endpoint, folder.logs, recipe)
+        supervisor = Supervisor(name, logins, folder.logs, recipe)
         click.echo(f"{role} x{replicas} joins run {name}; Ctrl-C drains and leaves")
         waits = [
             asyncio.ensure_future(each)
@@ -110,7 +159,7 @@ async def add_replicas(
                 supervisor.keep(role, replicas),
                 supervisor.watch(bus),
                 stop.wait(),
-                _until_over(log),
+                until_over(log),
                 bus.closed.wait(),
             )
         ]
@@ -126,42 +175,38 @@ async def add_replicas(
     return 0
 
 
-def _watch_process(pid: int, gone: asyncio.Event) -> None:
+def watch_process(pid: int, gone: asyncio.Event) -> None:
     """Set the event when the process ends: a run on this machine is over with its supervisor. Linux only."""
     if sys.platform == "linux":
-        descriptor = os.pidfd_open(pid)
-        asyncio.get_running_loop().add_reader(descriptor, gone.set)
+        loop, descriptor = asyncio.get_running_loop(), os.pidfd_open(pid)
 
+        def end() -> None:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+            gone.set()
 
-async def _until_over(log: Log) -> None:
-    """Until the run ends or is told to stop from now on."""
-    old = True
-    async for found in log.follow(subject=subjects.run_event(log.run)):
-        for stored in found:
-            if isinstance(stored.event, Ended) or (isinstance(stored.event, Stopping) and not old):
-                return
-        old = old and bool(found)
+        loop.add_reader(descriptor, end)
 
 
 async def steer(command: str, run: str, nats_url: str) -> None:
     """Tell a live run to stop, pause or go on."""
-    name, endpoint = _where(run, nats_url)
-    async with connect(endpoint, "operator") as bus, open_log(bus, name) as log:
+    name, logins = _where(run, nats_url)
+    async with connect(logins.of("operator"), "operator") as bus, open_log(bus, name) as log:
         if await opened(log) is None:
-            raise UserError(f"no run {name!r} at {endpoint.url}")
+            raise UserError(f"no run {name!r} at {logins.url}")
         await log.append_run(STEERING[command])
     click.echo(f"told run {name} to {command}")
 
 
 async def show_alive(run: str | None, nats_url: str) -> None:
     """Listen for as long as a sign of life may take, and print who gave one."""
-    name, endpoint = _where(run, nats_url)
-    async with connect(endpoint, "operator") as bus:
+    name, logins = _where(run, nats_url)
+    async with connect(logins.of("operator"), "operator") as bus:
         fleet = Fleet()
         await fleet.hear(bus, name)
         await asyncio.sleep(HEARD_S / 2)
         beats = fleet.alive()
-        click.echo(alive_table(name, endpoint.url, beats))
+        click.echo(alive_table(name, logins.url, beats))
         for line in stall_lines(beats):
             click.echo(line)
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from learner.groups import refusal, zero_variance
+from learner.groups import refusal, turn_rewards, zero_variance
 from schemas.events import (
     Admitted,
     AnyEvent,
@@ -156,7 +156,7 @@ class Planner:
         self.trajectories[event.trajectory] = state
         if isinstance(event, Turn):
             self.sampled_tokens += event.tokens.sampled_count
-            self._oldest.setdefault(event.trajectory, oldest_version([state]))
+            self._oldest[event.trajectory] = oldest_version([state])
         elif isinstance(event, Scored):
             self._oldest.pop(event.trajectory, None)
             self._complete(state)
@@ -238,7 +238,9 @@ class Planner:
                 reason = "stale"
             else:
                 rewards = [member.reward or 0.0 for member in members]
-                reason = refusal(rewards, self._recipe.learner.filter)
+                turns_count = self._recipe.learner.advantage.credit != "trajectory"
+                by_turn = [turn_rewards(member) for member in members if turns_count]
+                reason = refusal(rewards, self._recipe.learner.filter, by_turn)
             if reason is None:
                 self._checked.add(name)
             else:

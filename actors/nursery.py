@@ -7,10 +7,12 @@ its supervisor, and its replicas die with it. It speaks JSON lines over a socket
 import asyncio
 import importlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 from setproctitle import setproctitle
 
 from actors.ranks import Group, lead
@@ -28,8 +31,6 @@ from schemas.messages import RoleName
 
 log = structlog.get_logger()
 
-ENDPOINT_VARIABLE = "ACTORS_ENDPOINT"
-"""Holds the endpoint on its way into the nursery; what replicas start does not inherit it."""
 _END_S = 5.0
 
 
@@ -38,12 +39,16 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
     role: RoleName
     run: str
+    endpoint: Endpoint
+    """The role's own login."""
     log: str
     """The file for its output."""
     imports: list[str]
     """Modules that stay imported for all that come later."""
     group: Group | None = None
     """For a learner of several processes."""
+    scratch: str = ""
+    """Its folder for temporary files, which goes when it ends, however it ends. Set by `Nursery.start`."""
 
 
 class Born(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -66,9 +71,10 @@ class Gone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Child:
     """A replica that was started."""
 
-    def __init__(self, pid: int, role: RoleName) -> None:
+    def __init__(self, pid: int, order: Order) -> None:
         self.pid = pid
-        self.role = role
+        self.role = order.role
+        self._scratch = order.scratch
         self.born_s = time.monotonic()
         self.hung = ""
         """Why its supervisor killed it."""
@@ -81,7 +87,8 @@ class Child:
         return await asyncio.shield(self._status)
 
     def ended(self, status: int) -> None:
-        """Tell all who wait."""
+        """Tell all who wait, and clear up."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
         if not self._status.done():
             self._status.set_result(status)
 
@@ -95,12 +102,11 @@ class Child:
 class Nursery:
     """Starts replicas. Starts the process that forks them when it is first needed, and again when that was killed."""
 
-    def __init__(self, endpoint: Endpoint, log: Path) -> None:
+    def __init__(self, log: Path) -> None:
         self._log = log
         self.patience_s = 120.0
         """How long it may take to carry out an order; the first one that needs torch waits for its import."""
         self._environment = os.environ | {
-            ENDPOINT_VARIABLE: msgspec.json.encode(endpoint).decode(),
             "OMP_NUM_THREADS": "1",  # torch's own setting wins where a recipe gives more
             "TOKENIZERS_PARALLELISM": "false",
             "SPT_NOENV": "1",  # setproctitle leaves the environment readable
@@ -116,6 +122,8 @@ class Nursery:
     async def start(self, order: Order) -> Child:
         """A new replica. Raises ConnectionResetError when the nursery dies meanwhile."""
         born: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
+        order = replace(order, scratch=tempfile.mkdtemp(prefix="actors-"))
+        os.chmod(order.scratch, 0o711)  # who is made nobody in a sandbox finds his own folder in it
         async with self._opening:
             writer = self._writer = self._writer or await self._open()
             self._ordered.put_nowait((order, born))
@@ -163,7 +171,8 @@ class Nursery:
             self._writer.close()
         self._writer = None
         while not self._ordered.empty():
-            _, born = self._ordered.get_nowait()
+            order, born = self._ordered.get_nowait()
+            shutil.rmtree(order.scratch, ignore_errors=True)
             born.set_exception(ConnectionResetError("the nursery died"))
         for child in self._children.values():
             child.ended(-signal.SIGKILL)
@@ -172,7 +181,7 @@ class Nursery:
     def _hear(self, news: Born | Gone) -> None:
         if isinstance(news, Born):
             order, born = self._ordered.get_nowait()
-            child = self._children[news.pid] = Child(news.pid, order.role)
+            child = self._children[news.pid] = Child(news.pid, order)
             born.set_result(child)
         else:
             self._children.pop(news.pid).ended(news.status)
@@ -191,7 +200,6 @@ class Nursery:
 
 def main() -> None:
     """The entry point of the nursery."""
-    endpoint = msgspec.json.decode(os.environ.pop(ENDPOINT_VARIABLE), type=Endpoint)
     link = socket.socket(fileno=int(sys.argv[1]))
     wakeup, alarm = socket.socketpair()
     for end in (wakeup, alarm):
@@ -208,7 +216,7 @@ def main() -> None:
             signal.set_wakeup_fd(-1)
             for inherited in (link, wakeup, alarm):
                 inherited.close()
-            _become(order, endpoint)
+            _become(order)
         _tell(link, Born(pid=pid))
 
 
@@ -248,7 +256,7 @@ def _tell(link: socket.socket, news: Born | Gone) -> None:
     link.sendall(msgspec.json.encode(news) + b"\n")
 
 
-def _become(order: Order, endpoint: Endpoint) -> None:
+def _become(order: Order) -> None:
     """Turn a forked process into the replica; does not return."""
     nursery = os.getppid()
     die_with_parent()
@@ -257,12 +265,13 @@ def _become(order: Order, endpoint: Endpoint) -> None:
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     setproctitle(f"actors {order.role} {order.run}")
+    os.environ["TMPDIR"] = tempfile.tempdir = order.scratch
     with Path(order.log).open("ab") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     if order.group is not None:
-        lead(order.run, endpoint, order.group)
-    serve(order.role, order.run, endpoint)
+        lead(order.run, order.endpoint, order.group)
+    serve(order.role, order.run, order.endpoint)
 
 
 if __name__ == "__main__":

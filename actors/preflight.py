@@ -24,6 +24,8 @@ def check_names(recipe: Recipe, recipe_dir: str) -> None:
     for key, path in (("data.path", recipe.data.path), ("evaluation.path", recipe.evaluation.path)):
         if path and not path.startswith("hf:"):
             find_file(path, key, recipe_dir)
+    if recipe.generator.engine == "vllm" and find_spec("vllm") is None:
+        raise RecipeError("recipe", "generator.engine", "needs vLLM: pip install vllm==0.32.0")
     _check_ranks(recipe.learner)
     _check_tools(recipe, recipe_dir)
     _check_model(recipe.policy.model, recipe_dir)

@@ -15,23 +15,35 @@ import math
 import os
 import random
 import time
+import traceback
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
+from structlog.contextvars import bind_contextvars, bound_contextvars
 
+from actors import metrics
 from actors.actor import Actor, HopFailed
 from actors.heartbeat import HeartbeatThread, Vitals, replica_name
 from bus import subjects
 from bus.connection import Bus, Endpoint, connect, wait
 from bus.dead import publish_dead
-from bus.errors import BadMessage, BusError, Conflict, Full, Missing
+from bus.errors import (
+    BadMessage,
+    BusError,
+    Conflict,
+    Denied,
+    Full,
+    Missing,
+    TooLarge,
+    Unavailable,
+)
 from bus.log import Log, open_log
 from bus.subjects import Stage
 from bus.work import Delivery, WorkQueue, open_queue, publish_work
-from schemas.events import Boundary, Opened, Started
+from schemas.events import Boundary, Ended, Opened, Started, Stopping
 from schemas.messages import DeadLetter, RoleName, Work
 from schemas.recipe import Recipe
 from schemas.trajectory import Trajectory, fold
@@ -92,6 +104,19 @@ async def opened(run_log: Log) -> Opened | None:
     return found
 
 
+async def until_over(run_log: Log) -> bool:
+    """Until the run ends, or is told to stop from now on; whether it has ended."""
+    old = True
+    async for found in run_log.follow(subject=subjects.run_event(run_log.run)):
+        for stored in found:
+            if isinstance(stored.event, Ended):
+                return True
+            if isinstance(stored.event, Stopping) and not old:
+                return False
+        old = old and bool(found)
+    return False
+
+
 @asynccontextmanager
 async def join(
     endpoint: Endpoint, run: str, role: RoleName, stopping: asyncio.Event, pid: int | None = None
@@ -109,6 +134,7 @@ async def join(
         event = await opened(run_log)
         if event is None:
             raise Missing(f"run {run!r} at {endpoint.url}")
+        stack.enter_context(metrics.serving(vitals, lambda: bus.client.is_connected))
         heartbeat = HeartbeatThread(endpoint, vitals)
         heartbeat.start()
         stack.callback(heartbeat.stop)
@@ -148,6 +174,7 @@ class Hops:
         """Take hops until the process is stopping; then finish or hand back what is held."""
         process = self._process
         process.vitals.phase = ""
+        metrics.begin_stage(self._actor.stage)
         for tool in tools:
             self.add(tool)
         queues: list[WorkQueue] = []
@@ -183,7 +210,11 @@ class Hops:
 
     async def _take(self, queue: WorkQueue) -> None:
         while True:
-            await self._finish(await queue.take())
+            delivery = await queue.take()
+            # what a hop binds is its own: the task goes on to the next
+            about = {"trajectory": "", "attempt": delivery.deliveries, "policy_version": -1}
+            with bound_contextvars(stage=self._actor.stage, **about):
+                await self._finish(delivery)
 
     async def _finish(self, delivery: Delivery) -> None:
         """Take the hop until the log and the queues confirm it; what a server that is there refuses has failed.
@@ -192,6 +223,8 @@ class Hops:
         """
         process = self._process
         again, refusals = False, 0
+        if delivery.redelivered:
+            metrics.REDELIVERED.labels(self._actor.stage).inc()
         while not process.stopping.is_set():
             try:
                 if refusals < process.recipe.deadlines.handler_failures:
@@ -215,14 +248,25 @@ class Hops:
         except BadMessage as error:
             await self._put_aside(delivery, HopFailed("bus", "bad_message", str(error)))
             return
+        bind_contextvars(
+            trajectory=work.trajectory,
+            attempt=delivery.deliveries + work.failures,
+            policy_version=process.vitals.policy_version,
+        )
         state = work.state
-        if state is None or again or delivery.redelivered or work.failures:
-            state = await process.log.trajectory(work.trajectory)
+        # a reward is for what the log says, whoever woke the scorer
+        doubted = again or delivery.redelivered or work.failures or self._actor.stage == "score"
+        if state is None or doubted or state.id != work.trajectory:
+            state = await process.log.trajectory(work.trajectory, work.seq)
         if state is None or state.seq != work.seq:
             await self._moved_on(state, delivery)
             return
         hop = state.next_hop
-        if hop is None or hop.stage != self._actor.stage:
+        if (
+            hop is None
+            or hop.stage != self._actor.stage
+            or delivery.subject != subjects.work(hop.stage, process.run, hop.tool)
+        ):
             await delivery.done()
         elif (state.id, state.seq) in process.vitals.held:
             # a sweep, or delivered again after a stall: it is worked on here, or this replica will be killed for it
@@ -256,7 +300,8 @@ class Hops:
     async def _advance(self, state: Trajectory, work: Work, delivery: Delivery) -> None:
         process = self._process
         held = state.id, state.seq
-        process.vitals.held[held] = (self._actor.stage, time.monotonic())
+        begun_s = time.monotonic()
+        process.vitals.held[held] = (self._actor.stage, begun_s)
         try:
             event = await self._actor.handle(state)
             if isinstance(
@@ -270,14 +315,15 @@ class Hops:
         except Conflict:
             await self._moved_on(await process.log.trajectory(state.id), delivery)
             return
+        except (Denied, Full, Unavailable):
+            raise  # a wrong login, or the server's state: the trajectory has not failed
         except BusError as error:
             code = type(error).__name__.lower()
             await self._failed(state, work, delivery, HopFailed("bus", code, str(error)))
             return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (logged in `_crash`)
             # fails its own trajectory, with its name, and never the run
-            log.warning("actor crashed", trajectory=state.id, exc_info=True)
-            crash = HopFailed(_BOUNDARY[self._actor.stage], "crashed", repr(error))
+            crash = _crash(self._actor.stage, error)
             await self._failed(state, work, delivery, crash)
             return
         # from here on it is the log that is waited for: a full disk does not make a replica hang
@@ -287,6 +333,10 @@ class Hops:
         except Conflict:
             await self._moved_on(await process.log.trajectory(state.id), delivery)
             return
+        except TooLarge as error:
+            await self._failed(state, work, delivery, HopFailed("bus", "toolarge", str(error)))
+            return
+        metrics.committed(self._actor.stage, state, event, time.monotonic() - begun_s)
         # with barriers the dispatcher wakes the next stage
         if not process.recipe.asynchrony.barriers:
             await publish_work(process.bus, process.run, fold(state, event, seq))
@@ -294,6 +344,7 @@ class Hops:
 
     async def _moved_on(self, state: Trajectory | None, delivery: Delivery) -> None:
         """The log is ahead of this wake-up: make sure that the next stage knows, and let go."""
+        metrics.MOVED_ON.labels(self._actor.stage).inc()
         if state is not None:
             await publish_work(self._process.bus, self._process.run, state)
         await delivery.done()
@@ -304,7 +355,9 @@ class Hops:
         """Try again a few times, then put the message aside; the dispatcher ends the trajectory."""
         process = self._process
         failures = work.failures + 1
-        log.warning("hop failed", trajectory=state.id, failures=failures, error=str(error))
+        cause = f"{error.boundary}.{error.code}"
+        log.warning("hop failed", failures=failures, cause=cause, error=error.detail)
+        metrics.HOP_FAILURES.labels(self._actor.stage, cause).inc()
         if failures < process.recipe.deadlines.handler_failures and not error.final:
             await asyncio.sleep(_RETRY_DELAY_S * failures)
             await publish_work(process.bus, process.run, state, failures=failures)
@@ -331,7 +384,22 @@ class Hops:
             replica=process.replica,
         )
         await publish_dead(process.bus, letter)
+        metrics.DEAD_LETTERS.labels(self._actor.stage).inc()
         await delivery.done()
+
+
+def _crash(stage: Stage, error: Exception) -> HopFailed:
+    """An exception that no handler expects, with its traceback in our log.
+
+    Of a reward nothing but the kind and the place is told: its message may quote the private answer.
+    """
+    boundary = _BOUNDARY[stage]
+    if stage != "score":
+        log.warning("actor crashed", exc_info=error)
+        return HopFailed(boundary, "crashed", repr(error))
+    *_, last = traceback.extract_tb(error.__traceback__)
+    place = f"{last.filename}:{last.lineno}, in {last.name}"
+    return HopFailed(boundary, "crashed", f"{type(error).__name__} at {place}")
 
 
 def _about(delivery: Delivery) -> tuple[str, int]:

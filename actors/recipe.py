@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -15,7 +15,18 @@ from learner.combination import contradictions, formula
 from schemas.recipe import Recipe, Tools
 
 _UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`(?: - at `\$\.?([^`]*)`)?")
+_WITH_PASSWORD = re.compile(r"://[^/\s@:]*:[^/\s@]+@")
+_SECRET_KEY = re.compile(
+    r"(?i)tools\.options\.mcp\.servers\..*\.(headers|env)\..*(auth|key|token|secret|cookie|pass).*"
+)
+_MISSING = re.compile(r"Object missing required field `([^`]*)`(?: - at `\$\.?([^`]*)`)?")
 _AT = re.compile(r"(.*?) - at `\$\.?([^`]*)`$")
+
+NO_POLICY = (
+    *('policy.model=""', "learner.steps=0"),
+    *('data.rows=""', 'data.path=""', 'evaluation.rows=""', 'evaluation.path=""'),
+)
+"""Overrides: of a recipe, perhaps for training, only the tools are used."""
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -77,8 +88,11 @@ def _convert(tables: dict[str, Any], where: str) -> Recipe:
             name, section = unknown[1], unknown[2] or ""
             key = f"{section}.{name}" if section else name
             raise RecipeError(where, key, f"no such key{_hint(section, name)}") from error
+        if missing := _MISSING.match(message):
+            key = f"{missing[2]}.{missing[1]}" if missing[2] else missing[1]
+            raise RecipeError(where, key, "missing: it has no default") from error
         if at := _AT.match(message):
-            raise RecipeError(where, at[2], at[1]) from error
+            raise RecipeError(where, at[2], at[1] + _choices(at[2])) from error
         raise RecipeError(where, "", message) from error
 
 
@@ -93,11 +107,30 @@ def _hint(section: str, name: str) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"
 
 
+def _choices(key: str) -> str:
+    kind: Any = Recipe
+    for part in key.split("."):
+        kind = next(
+            (field.type for field in msgspec.structs.fields(kind) if field.name == part), None
+        )
+        if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+            break
+    return f": one of {', '.join(map(str, get_args(kind)))}" if get_origin(kind) is Literal else ""
+
+
+def _check_values(recipe: Recipe, where: str) -> None:
+    """No key may have these."""
+    for key, value in _leaves("", msgspec.to_builtins(recipe)):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecipeError(where, key, f"must be finite, not {value}")
+        if isinstance(value, str) and _is_secret(key, value):
+            why = "a secret: a recipe is in the log, for all to read; where a tool takes it, write env:NAME"
+            raise RecipeError(where, key, f"{why} and set that variable")
+
+
 def _check(recipe: Recipe, where: str) -> None:
     """What types alone cannot say."""
-    for key, number in _numbers("", msgspec.to_builtins(recipe)):
-        if not math.isfinite(number):
-            raise RecipeError(where, key, f"must be finite, not {number}")
+    _check_values(recipe, where)
     for section, table in (("data", recipe.data), ("evaluation", recipe.evaluation)):
         if table.path and table.rows:
             raise RecipeError(where, f"{section}.path", f"give it or {section}.rows, not both")
@@ -115,16 +148,23 @@ def _check(recipe: Recipe, where: str) -> None:
         raise RecipeError(where, f"learner.{key}", fix)
 
 
-def _numbers(key: str, value: Any) -> Iterator[tuple[str, float]]:
-    """Every float, with the key that it stands under."""
-    if isinstance(value, float):
-        yield key, value
-    elif isinstance(value, dict):
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Every value that is no table and no list, with the key that it stands under."""
+    if isinstance(value, dict):
         for name, item in value.items():
-            yield from _numbers(f"{key}.{name}" if key else name, item)
+            yield from _leaves(f"{key}.{name}" if key else name, item)
     elif isinstance(value, list):
         for item in value:
-            yield from _numbers(key, item)
+            yield from _leaves(key, item)
+    else:
+        yield key, value
+
+
+def _is_secret(key: str, value: str) -> bool:
+    """A password within a URL, unless in words about a tool, or what opens an MCP server's door."""
+    if _SECRET_KEY.fullmatch(key):
+        return not value.startswith("env:")
+    return not key.endswith((".listed", ".description")) and bool(_WITH_PASSWORD.search(value))
 
 
 def sentence(recipe: Recipe) -> str:

@@ -290,6 +290,7 @@ def _turn_rows(state: Trajectory, accepted: Sequence[Stored], closing: Closing) 
                     "calls": [
                         {
                             "tool": call.tool,
+                            "version": call.version,
                             "arguments": msgspec.json.encode(call.arguments).decode(),
                         }
                         for call in event.calls

@@ -19,6 +19,7 @@ from actors.actor import HopFailed
 from actors.errors import UserError
 from actors.joining import reach
 from actors.learner import NAME, step_metrics
+from actors.pictures import Pictures, open_pictures
 from actors.process import opened
 from actors.reopening import reopened
 from actors.replaying import (
@@ -67,7 +68,7 @@ async def replay(run: str | None, nats_url: str, steps: str) -> int:
             _open_rewards(bus, log.run, event) as rewards,
         ):
             await _hold_models(model, event, checkpoint)
-            replaying = Replaying(model, rewards)
+            replaying = Replaying(model, rewards, open_pictures(model.folder, bus, log.run))
             async for recorded in _steps(log, step_of(checkpoint), wanted.last):
                 differences = await replaying.do_again(recorded)
                 if differences:
@@ -156,8 +157,9 @@ async def _open_rewards(bus: Bus, run: str, event: Opened) -> AsyncIterator[Rewa
 class Replaying:
     """Does recorded steps again, one after the other, and counts what was found equal."""
 
-    def __init__(self, model: Policy, rewards: Rewards) -> None:
+    def __init__(self, model: Policy, rewards: Rewards, pictures: Pictures | None) -> None:
         self._model = model
+        self._pictures = pictures
         self._rewards = rewards
         self._equal: Counter[str] = Counter()
 
@@ -165,7 +167,7 @@ class Replaying:
         """Everything of a step that came out otherwise; empty when all is equal. Prints a line when it is."""
         begun = time.monotonic()
         number, stepped = recorded.stepped.step, recorded.stepped
-        groups = samples_of(recorded.batch)
+        groups = await samples_of(recorded.batch, self._pictures)
         found = list(compare_batch(recorded, batch_sha256(groups)))
         self._equal["batches"] += bool(stepped.batch_sha256)
         found += await self._score(number, recorded.scored)

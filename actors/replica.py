@@ -14,12 +14,15 @@ from typing import NamedTuple, NoReturn
 
 import structlog
 import uvloop
+from structlog.contextvars import bind_contextvars
 
 from actors.errors import UserError
-from actors.process import Process, join
+from actors.heartbeat import replica_name
+from actors.logs import set_up_logging
+from actors.process import Process, join, until_over
 from actors.roles import ROLES
 from bus.connection import Endpoint
-from bus.errors import BusError
+from bus.errors import BusError, Denied
 from schemas.messages import RoleName
 from schemas.names import find
 from tools.errors import ToolError
@@ -32,33 +35,41 @@ LOST_LINK = 75
 log = structlog.get_logger()
 
 
-def set_up_logging() -> None:
-    """JSON lines on stderr."""
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.dict_tracebacks,
-            structlog.processors.JSONRenderer(),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+_END_THEMSELVES = ("learner", "recorder")
+"""Roles that have something to finish when a run has ended."""
 
 
-async def run_replica(role: RoleName, run: str, endpoint: Endpoint, rank: "Rank | None") -> int:
+async def run_replica(
+    role: RoleName, run: str, endpoint: Endpoint, rank: "Rank | None", alone: bool = False
+) -> int:
     """Serve a role until told to stop or the run ends; returns the exit status."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stopping.set)
     loop.add_signal_handler(signal.SIGINT, stopping.set)
     pid = rank.leader if rank else os.getpid()
+    bind_contextvars(run=run, role=role, replica=replica_name(role, pid))
     async with join(endpoint, run, role, stopping, pid) as process:
-        structlog.contextvars.bind_contextvars(replica=process.replica)
-        log.info("started", run=run)
+        log.info("started")
+        over = asyncio.create_task(_stop_when_over(process)) if alone else None
         await (rank.serve if rank else ROLES[role])(process)
+        if over:
+            over.cancel()
         log.info("stopped")
         return LOST_LINK if process.bus.closed.is_set() else 0
+
+
+async def _stop_when_over(process: Process) -> None:
+    """What a supervisor would tell it."""
+    if not await until_over(process.log) or process.vitals.role not in _END_THEMSELVES:
+        process.stopping.set()
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What went wrong first; task groups wrap it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 class Rank(NamedTuple):
@@ -72,15 +83,28 @@ class Rank(NamedTuple):
     """Called last: ends the others."""
 
 
-def serve(role: RoleName, run: str, endpoint: Endpoint, rank: Rank | None = None) -> NoReturn:
-    """Be the replica: serve the role, then end the process with its exit status."""
-    set_up_logging()
+def serve(
+    role: RoleName,
+    run: str,
+    endpoint: Endpoint,
+    rank: Rank | None = None,
+    *,
+    alone: bool = False,
+) -> NoReturn:
+    """Be the replica: serve the role, then end the process with its exit status.
+
+    `alone`: no supervisor tells it when the run is over.
+    """
+    set_up_logging("json")  # its supervisor reads them: see last_error there
     if hook := os.environ.get(FAULTS_VARIABLE):
         find(hook)(role)
     status = 1
     try:
-        status = uvloop.run(run_replica(role, run, endpoint, rank))
-    except UserError as error:
+        try:
+            status = uvloop.run(run_replica(role, run, endpoint, rank, alone))
+        except BaseExceptionGroup as group:
+            raise _innermost(group) from group
+    except (UserError, Denied) as error:
         log.error("cannot run", error=str(error))
         status = 2
     except BusError as error:
@@ -89,8 +113,9 @@ def serve(role: RoleName, run: str, endpoint: Endpoint, rank: Rank | None = None
     except ToolError as error:  # no sandbox that holds, no database: perhaps not for ever
         log.error("cannot serve", error=str(error))
     finally:
-        if sys.exc_info()[0]:
-            traceback.print_exc()
+        if crash := sys.exc_info()[1]:
+            why = "".join(traceback.format_exception_only(crash)).strip()
+            log.critical("crashed", error=why, exc_info=crash)
         # threads of libraries may still run, and the interpreter may take seconds to go; all of ours is closed by now
         sys.stderr.flush()
         if rank:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
+from actors import metrics
 from actors.errors import RecipeError
 from actors.process import Hops, Process
 from actors.weights import Versions
@@ -21,6 +22,7 @@ from bus import policy, private, subjects
 from bus.connection import Message
 from bus.errors import BusError
 from engines.engine import Engine
+from engines.errors import EngineError
 from schemas.events import TERMINAL, AnyEvent, Scored, ToolAdded
 from schemas.messages import RoleName, WeightsPointer
 from schemas.recipe import Recipe
@@ -76,6 +78,7 @@ async def serve_generator(process: Process) -> None:
     """Sample turns, following the newest weights."""
     from actors.calling import run_events
     from actors.generator import Generator, Policies
+    from actors.pictures import open_pictures
     from engines.open import open_engine
 
     pointer = await first_policy(process)
@@ -103,16 +106,17 @@ async def serve_generator(process: Process) -> None:
         events = run_events(process.log)
         await toolset.catch_up(events)
         actor = Generator(recipe, policies, chat, toolset.calling, process.replica)
-        followers = {
-            asyncio.create_task(_follow_policy(process, versions, policies.update)),
-            asyncio.create_task(_follow_tools(actor, toolset, events)),
-        }
+        actor.pictures = open_pictures(folder, bus, run)
         try:
-            await Hops(process, actor).serve([""], recipe.generator.slots)
+            async with asyncio.TaskGroup() as group:  # without new weights no hop can be taken
+                beside = [
+                    group.create_task(_follow_tools(actor, toolset, events)),
+                    group.create_task(_follow_policy(process, versions, policies.update)),
+                ]
+                await Hops(process, actor).serve([""], recipe.generator.slots)
+                for task in beside:
+                    task.cancel()
         finally:
-            for follower in followers:
-                follower.cancel()
-            await asyncio.wait(followers)
             await actor.close()
 
 
@@ -160,18 +164,23 @@ async def _open_with(make: Callable[[], Engine], weights: bytes, version: int) -
 async def _follow_policy(
     process: Process, versions: Versions, update: Callable[[bytes, int], Awaitable[None]]
 ) -> None:
-    """Take each newer version as it comes."""
+    """Take each newer version as it comes. Raises EngineError: what the engine raises, or `weights_not_taken`."""
+    limit_s = 2 * process.recipe.deadlines.gen_s  # it may wait for running turns first
     async for pointer in policy.follow(process.bus, process.run):
         while pointer.policy_version > process.vitals.policy_version:
             try:
                 pointer, weights = await versions.newest(pointer)
-                await update(weights, pointer.policy_version)
+                async with asyncio.timeout(limit_s):
+                    await update(weights, pointer.policy_version)
                 process.vitals.policy_version = pointer.policy_version
             except BusError as error:
                 # perhaps the last version there will be: nobody would tell us of it again
                 version = pointer.policy_version
                 log.warning("weights not loaded; trying again", version=version, error=str(error))
                 await asyncio.sleep(_AGAIN_S)
+            except TimeoutError as error:
+                why = f"version {pointer.policy_version}: not within {limit_s:g} s"
+                raise EngineError("weights_not_taken", why) from error
 
 
 async def serve_toolbox(process: Process) -> None:
@@ -181,36 +190,48 @@ async def serve_toolbox(process: Process) -> None:
     from actors.toolbox import Toolbox
     from bus.holders import Holders
     from tools.registry import load_tools, open_tools
+    from tools.sandbox.room import make_room
     from tools.sandbox.select import open_sandbox
     from tools.tool import Place
 
     recipe = process.recipe
     tools = load_tools(recipe.tools.use, process.recipe_dir, recipe.tools.options)
     process.vitals.phase = "testing the sandbox"
+    if (room := make_room(recipe.toolbox.sessions)) < recipe.toolbox.sessions:
+        log.warning(
+            "the limit of open files (ulimit -Hn) is too low for toolbox.sessions", room=room
+        )
     sandbox = await open_sandbox(recipe.tools.tier, imports=recipe.toolbox.imports)
     log.info("sandbox", tier=sandbox.tier)
+    metrics.SANDBOX.labels(sandbox.tier).set(1)
     images = Images(
         partial(store_images, process.bus, process.run),
         partial(load_image, process.bus, process.run),
     )
+    toolbox = Toolbox(recipe, tools, sandbox, images, process.replica)
     actor = Routing(
         recipe,
-        Toolbox(recipe, tools, sandbox, images, process.replica),
+        toolbox,
         Holders(process.bus, process.run, process.replica),
         process.log.trajectory,
         process.replica,
     )
     try:
         place = Place(recipe_dir=process.recipe_dir, encoder=open_encoder)
+        for tool in tools.values():
+            if tool.options.imports:  # what cannot be imported is told now, not by the first call
+                await sandbox.importing(tool.options.imports).run("")
         async with open_tools(tools.values(), place):
             await _close_sessions(process, actor.forget)
             hops = Hops(process, actor)
-            follower = asyncio.create_task(_serve_added(process, tools, place, hops))
-            try:
+            async with asyncio.TaskGroup() as group:
+                beside = [
+                    group.create_task(_serve_added(process, tools, place, hops)),
+                    group.create_task(toolbox.sessions.watch_memory()),
+                ]
                 await hops.serve(list(tools), recipe.toolbox.slots)
-            finally:
-                follower.cancel()
-                await asyncio.wait({follower})
+                for task in beside:
+                    task.cancel()
     finally:
         await actor.close()
 
@@ -280,6 +301,7 @@ async def serve_scorer(process: Process) -> None:
     async with AsyncExitStack() as stack:
         sandbox = await open_sandbox(recipe.tools.tier, imports=getattr(reward, "imports", ()))
         stack.push_async_callback(sandbox.close)
+        metrics.SANDBOX.labels(sandbox.tier).set(1)
         tool = repo.configured(dict(recipe.tools.options.get("repo", {})))
         repositories = stack.enter_context(tool.repositories(process.recipe_dir))
         actor = Scorer(reward, load_private, sandbox, process.replica, repositories)

@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import ClassVar
 
+from structlog.contextvars import bind_contextvars
+
 from actors.actor import HopFailed
 from actors.toolbox import Toolbox, key_of
 from bus.codec import decode
@@ -73,7 +75,7 @@ class Routing:
             self._acts[key].setdefault(call, asyncio.Future())
             self._may_act.add((key, call))
             return Started(trajectory=state.id, replica=self._replica, turn=call[0], call=call[1])
-        if begun.replica == self._replica and (key, call) in self._may_act:
+        if self._may_still_act(state):
             return await self._act(state, tool, call)
         return _unpacked(await self._told(state, tool, begun.replica), final=True)
 
@@ -102,10 +104,15 @@ class Routing:
         """What we say to another replica that asks for what we hold."""
         try:
             work: Work = decode(ask.work, Work)
+            bind_contextvars(stage=self.stage, trajectory=work.trajectory)
             state = work.state or await self._read(work.trajectory)
             if state is None or state.seq != work.seq:
                 return _refusal("bus", "moved_on", "the trajectory has moved")
             if not ask.run:
+                if self._may_still_act(state):  # our own hop was lost on its way
+                    return Answer(
+                        result=await self._act(state, self.toolbox.tool(state), _call_of(state))
+                    )
                 return await self._known(state)
             if not self.toolbox.holds(state) and not await self._is_ours(key):
                 return Answer()
@@ -125,6 +132,18 @@ class Routing:
                 await self._holders.let_go(key)
 
     # -- effects outside -----------------------------------------------------------------------------------
+
+    def _begun_here(self, state: Trajectory) -> bool:
+        """The log says so; another may have been first."""
+        begun = state.started
+        return (
+            begun is not None
+            and begun.replica == self._replica
+            and (begun.turn, begun.call) == _call_of(state)
+        )
+
+    def _may_still_act(self, state: Trajectory) -> bool:
+        return self._begun_here(state) and (key_of(state), _call_of(state)) in self._may_act
 
     async def _act(self, state: Trajectory, tool: Tool, call: _CALL) -> Result:
         key = key_of(state)
@@ -161,7 +180,7 @@ class Routing:
     async def _known(self, state: Trajectory) -> Answer:
         """What came of the pending call, if it was begun or run here; nothing otherwise."""
         outcome = self._acts.get(key_of(state), {}).get(_call_of(state))
-        if outcome is not None:
+        if outcome is not None and self._begun_here(state):
             return await asyncio.shield(outcome)
         return Answer(result=await self.toolbox.known(state))
 

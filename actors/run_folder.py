@@ -6,15 +6,15 @@ from pathlib import Path
 import msgspec
 
 from actors.errors import UserError
-from bus.connection import Endpoint
+from bus.logins import Logins
 
 RUNS = Path(os.environ.get("ACTORS_RUNS", "runs"))
 
 
 class Live(msgspec.Struct, frozen=True, kw_only=True):
-    """What `endpoint.json` says: the address of a live run, and who keeps it alive."""
+    """What `endpoint.json` says: how each role is let in at a live run's server, and who keeps the run alive."""
 
-    endpoint: Endpoint
+    logins: Logins
     supervisor_pid: int
 
 
@@ -29,9 +29,9 @@ class RunFolder:
         self.nats = self.path / "nats"
         self._endpoint = self.path / "endpoint.json"
 
-    def write_endpoint(self, endpoint: Endpoint) -> None:
+    def write_endpoint(self, logins: Logins) -> None:
         """Let others on this machine, of this user, join."""
-        live = Live(endpoint=endpoint, supervisor_pid=os.getpid())
+        live = Live(logins=logins, supervisor_pid=os.getpid())
         new = self._endpoint.with_suffix(".new")
         new.touch(mode=0o600)
         new.write_bytes(msgspec.json.encode(live))
@@ -53,15 +53,19 @@ class RunFolder:
         return live
 
 
-def find_live(run: str | None) -> tuple[str, Endpoint]:
+def find_live(run: str | None) -> tuple[str, Logins]:
     """The run of that name, or the one that is alive. Raises UserError when it is none or not one."""
     folders = [RunFolder(run)] if run else [RunFolder(path.name) for path in _run_paths()]
-    alive = [(folder.run, live.endpoint) for folder in folders if (live := folder.live())]
+    alive = [(folder.run, live.logins) for folder in folders if (live := folder.live())]
     if len(alive) == 1:
         return alive[0]
+    if not alive and run:
+        known = ", ".join(path.name for path in _run_paths()) or "none"
+        where = f"run {run!r} is not alive (looked in {RUNS}/, which has: {known})"
+        raise UserError(f"{where}: `actors train RECIPE --run {run}` begins it, or goes on")
     if not alive:
-        what = f"run {run!r} is not alive" if run else "no run is alive"
-        raise UserError(f"{what} (looked in {RUNS}/): start one with `actors train RECIPE`")
+        how = "start one with `actors train RECIPE`, or name one at rest with --run NAME"
+        raise UserError(f"no run is alive (looked in {RUNS}/): {how}")
     names = ", ".join(sorted(name for name, _ in alive))
     raise UserError(f"more than one run is alive ({names}): say which with --run NAME")
 

@@ -21,13 +21,6 @@ from schemas.recipe import Recipe
 _TELL_S = 1.0
 
 
-NO_POLICY = (
-    *('policy.model=""', "learner.steps=0"),
-    *('data.rows=""', 'data.path=""', 'evaluation.rows=""', 'evaluation.path=""'),
-)
-"""Overrides: of a recipe for training, only its tools are served."""
-
-
 async def serve(recipe: Recipe, recipe_dir: str, run: str, nats_url: str, console: Console) -> int:
     """Keep dispatcher, toolboxes and gateways alive until told to stop. Returns the exit status."""
     folder = RunFolder(run)
@@ -41,7 +34,7 @@ async def serve(recipe: Recipe, recipe_dir: str, run: str, nats_url: str, consol
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with begin(recipe, recipe_dir, folder, nats_url) as begun:
         console.print(f"run {run} in {folder.path}/", highlight=False, soft_wrap=True)
-        supervisor = Supervisor(run, begun.endpoint, folder.logs, recipe)
+        supervisor = Supervisor(run, begun.logins, folder.logs, recipe)
         replicas = recipe.replicas
         counts: dict[RoleName, int] = {
             "dispatcher": 1,

@@ -7,14 +7,23 @@ effects died with the sandbox that they ran in.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+
+import structlog
 
 from bus.holders import Key
 from schemas.events import Call, Result
 from schemas.trajectory import Trajectory
 from tools.sandbox.sandbox import Limits, Sandbox, Session, SessionKind
 from tools.tool import Closes
+
+log = structlog.get_logger()
+
+_MEASURE_EVERY_S = 1.0
+_MEASURE_SHARE = 0.05
+"""Of the time, for measuring many."""
 
 
 class Kept:
@@ -34,9 +43,16 @@ class Kept:
 
     async def open(self, kind: SessionKind, limits: Limits | None = None) -> Session:
         """The session, or a new one when it has ended."""
-        if self._session is None or not self._session.alive:
+        if self._session is not None and not self._session.alive:
+            await self._session.close()
+            self._session = None
+        if self._session is None:
             self._session = await self._sandbox.open_session(kind, limits or self._limits)
         return self._session
+
+    async def memory_bytes(self) -> int:
+        """What the session takes; not what `keep` made."""
+        return await self._session.memory_bytes() if self._session else 0
 
     def keep(self, name: str, make: Callable[[], Closes]) -> Closes:
         """What was made under the name, which is made now if nothing was."""
@@ -56,12 +72,12 @@ class Kept:
 
 
 class Sessions:
-    """At most `limit` at rest: the one that rests longest is closed for another, and made anew when it is needed."""
+    """So many at rest, in so much memory: beyond it the one that rests longest is closed, and made anew when needed."""
 
-    def __init__(self, sandbox: Sandbox, limits: Limits, limit: int) -> None:
-        self._sandbox = sandbox
+    def __init__(self, limits: Limits, most: int, most_bytes: int) -> None:
         self._limits = limits
-        self._limit = limit
+        self._most = most
+        self._most_bytes = most_bytes
         self._kept: dict[Key, Kept] = {}
         """The longest unused first."""
         self.on_closed: Callable[[Key], Awaitable[None]] | None = None
@@ -72,9 +88,9 @@ class Sessions:
         return self._kept.get(key)
 
     @asynccontextmanager
-    async def use(self, key: Key) -> AsyncIterator[Kept]:
+    async def use(self, key: Key, sandbox: Sandbox) -> AsyncIterator[Kept]:
         """What is kept for a trajectory and a tool, for one call; closed if that is not carried through."""
-        kept = self._kept.pop(key, None) or Kept(self._sandbox, self._limits)
+        kept = self._kept.pop(key, None) or Kept(sandbox, self._limits)
         self._kept[key] = kept
         kept.users += 1
         try:
@@ -93,9 +109,29 @@ class Sessions:
         await self._make_room()
 
     async def _make_room(self) -> None:
-        resting = [key for key, kept in self._kept.items() if not kept.users]
-        for key in resting[: max(0, len(resting) - self._limit)]:
+        while len(self._kept) > self._most and len(resting := self._resting()) > self._most:
+            await self.drop(next(iter(resting)))
+
+    def _resting(self) -> dict[Key, Kept]:
+        return {key: kept for key, kept in self._kept.items() if not kept.users}
+
+    async def watch_memory(self) -> None:
+        """Close what takes too much, again and again: what runs in the background grows between calls too."""
+        while True:
+            begun = time.monotonic()
+            await self.free_memory()
+            await asyncio.sleep(max(_MEASURE_EVERY_S, (time.monotonic() - begun) / _MEASURE_SHARE))
+
+    async def free_memory(self) -> None:
+        """Measure those at rest, and close those that rest longest until the others take no more than they may."""
+        sizes = {key: await kept.memory_bytes() for key, kept in self._resting().items()}
+        while sum(sizes.get(key, 0) for key in self._resting()) > self._most_bytes:
+            key = next(key for key in self._resting() if sizes.get(key))
             await self.drop(key)
+            mb = sizes[key] >> 20
+            log.info(
+                "session closed for its memory", trajectory=key.trajectory, tool=key.tool, mb=mb
+            )
 
     async def drop(self, key: Key) -> None:
         """Close what is kept, if anything is."""
@@ -112,9 +148,9 @@ class Sessions:
 
     async def close(self) -> None:
         """End all."""
-        for kept in self._kept.values():
+        while self._kept:
+            _, kept = self._kept.popitem()
             await kept.close()
-        self._kept.clear()
 
 
 def committed_calls(state: Trajectory, queue: str) -> Sequence[tuple[Call, Result]]:

@@ -3,7 +3,7 @@
     main's `step` → the same `step` in our log → trained → `stepped` in our log → our checkpoints and metrics
 
 It publishes no weights and frees no slots; no other reader counts what it does. Killed anywhere in it, the same
-command goes on from its last checkpoint.
+command goes on from its last checkpoint. When its run is over before it, it goes on along the log at rest.
 """
 
 import asyncio
@@ -20,11 +20,13 @@ import torch
 from msgspec.structs import replace
 
 from actors.errors import UserError
-from actors.joining import serving
+from actors.joining import serving, watch_process
 from actors.learner import NAME, Batch, Planner, is_shadow, step_metrics
+from actors.pictures import open_pictures
 from actors.process import Process, join
 from actors.recipe import with_overrides
 from actors.reopening import version_0
+from actors.roles import until_stopping
 from actors.run_folder import RunFolder
 from actors.scores import Scores
 from actors.training import REFERENCE, hold_models, optimize, samples_of
@@ -50,17 +52,36 @@ _OF_THE_RUN = (
 async def run_shadow(name: str, overrides: tuple[str, ...], run: str | None, nats_url: str) -> int:
     """Train beside a live run until it ends, or along the log of one at rest; returns the exit status."""
     _refuse(name, overrides)
-    stopping = asyncio.Event()
+    told, stopping = asyncio.Event(), asyncio.Event()
+
+    def stop() -> None:
+        told.set()
+        stopping.set()
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    with serving(run, nats_url) as served:
-        async with join(served.endpoint, served.run, "shadow", stopping) as process:
-            shadow = Shadow(process, name, overrides, at_rest=served.at_rest)
-            try:
-                whole = await shadow.serve()
-            except LearnerError as error:
-                raise UserError(str(error)) from error
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    whole = False
+    while not (whole or told.is_set()):
+        stopping.clear()
+        async with serving(run, nats_url) as served:
+            run = served.run
+            if not (served.at_rest or nats_url):
+                _stop_with(run, stopping)
+            async with join(served.logins.of("shadow"), run, "shadow", stopping) as process:
+                shadow = Shadow(process, name, overrides, at_rest=served.at_rest)
+                try:
+                    whole = await shadow.serve()
+                except LearnerError as error:
+                    raise UserError(str(error)) from error
     return 0 if whole else INTERRUPTED
+
+
+def _stop_with(run: str, stopping: asyncio.Event) -> None:
+    """Set the event when a live run on this machine is over."""
+    if live := RunFolder(run).live():
+        watch_process(live.supervisor_pid, stopping)
+    else:
+        stopping.set()
 
 
 def _refuse(name: str, overrides: tuple[str, ...]) -> None:
@@ -114,6 +135,7 @@ class Shadow:
             return False
         source = folder.path / REFERENCE
         self._policy = await asyncio.to_thread(Policy.open, source, self._recipe)
+        self._pictures = open_pictures(source, process.bus, process.run)
         checkpoint = latest_checkpoint(folder.checkpoints)
         self._step = self._kept = 0
         if checkpoint is not None:
@@ -180,7 +202,7 @@ class Shadow:
         process = self._process
         planner = Planner(self._recipe, self._step, process.replica)
         process.vitals.phase = "follows the log"
-        async for found in process.log.follow():
+        async for found in until_stopping(process, process.log.follow()):
             for stored in found:
                 if is_shadow(stored.learner):
                     continue
@@ -191,8 +213,6 @@ class Shadow:
                     await self._train(planner.batches.pop(stored.event.step))
                 if isinstance(stored.event, Ended):
                     return True
-            if process.stopping.is_set():
-                return False
             if self._at_rest and not found:
                 return True
         return False
@@ -204,7 +224,7 @@ class Shadow:
         number = step.step
         if number > self._begun:
             await self._append(step)
-        groups = samples_of(batch)
+        groups = await samples_of(batch, self._pictures)
         begun_s = time.monotonic()
         trained = await asyncio.to_thread(optimize, self._policy, groups, step)
         train_s = time.monotonic() - begun_s

@@ -14,19 +14,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import psutil
 import structlog
 
 from actors.errors import UserError
 from actors.fleet import Fleet
 from actors.heartbeat import PERIOD_S, STARTING, Vitals, replica_name
+from actors.metrics import write_targets
 from actors.nursery import Child, Nursery, Order
 from actors.ranks import group_of
+from actors.replica import LOST_LINK
 from actors.roles import slow_imports
 from actors.watchdog import SILENT_S, why_hung
 from bus import subjects
 from bus.codec import encode
-from bus.connection import Bus, Endpoint, wait
+from bus.connection import Bus, wait
 from bus.errors import Unavailable
+from bus.logins import Logins
 from schemas.messages import RoleName, Stall
 from schemas.recipe import Recipe
 
@@ -50,11 +54,17 @@ class CrashLoop(UserError):
 class Supervisor:
     """Keeps a set of replicas alive. `fleet` is heard by `watch`, and by whoever else wants to."""
 
-    def __init__(self, run: str, endpoint: Endpoint, logs: Path, recipe: Recipe) -> None:
+    def __init__(self, run: str, logins: Logins, logs: Path, recipe: Recipe) -> None:
         self.fleet = Fleet()
         self._run = run
-        self._nursery = Nursery(endpoint, logs / "nursery.log")
+        self._logins = logins
+        self._nursery = Nursery(logs / "nursery.log")
         self._logs = logs
+        # beside the run's folder: Prometheus takes no `*` for a folder
+        for stale in logs.parents[1].glob(f"{run}.*.targets.json"):
+            if not psutil.pid_exists(int(stale.name.split(".")[-3])):
+                stale.unlink(missing_ok=True)
+        self._targets = logs.parents[1] / f"{run}.{os.getpid()}.targets.json"
         self._recipe = recipe
         self._stopping = asyncio.Event()
         self._children: set[Child] = set()
@@ -76,6 +86,10 @@ class Supervisor:
             why = death.why or last_error(path, size)
             if death.status == 2:
                 raise CrashLoop(f"{why} (log: {path})")
+            if death.status == LOST_LINK and not self.fleet.flows_s(time.monotonic()):
+                log.warning("no server; the replica waits for it", role=role, why=why)
+                await wait(self._stopping, _BACKOFF_S[-1])
+                continue
             healthy = death.served_and_killed or time.monotonic() - begun_s > _HEALTHY_S
             deaths = 1 if healthy else deaths + 1
             if deaths >= (_KILLS if death.from_outside else _CRASHES):
@@ -87,6 +101,7 @@ class Supervisor:
         order = Order(
             role=role,
             run=self._run,
+            endpoint=self._logins.of(role),
             log=str(path),
             imports=slow_imports(role, self._recipe),
             group=group_of(self._recipe.learner) if role == "learner" else None,
@@ -113,9 +128,17 @@ class Supervisor:
             now_s = vitals.loop_ran_s = time.monotonic()
             self._kill_hung(now_s)
             vitals.stalls = self._silent(now_s)
+            self._write_targets()
             with suppress(Unavailable):
                 await bus.publish(subjects.heartbeat("supervisor", name), encode(vitals.beat()))
             await wait(self._stopping, PERIOD_S)
+
+    def _write_targets(self) -> None:
+        """Tell Prometheus where to ask."""
+        ours = {replica_name(child.role, child.pid) for child in self._children}
+        alive = [beat for beat in self.fleet.alive() if beat.replica in ours]
+        with suppress(OSError):  # a full disk: the next round may do
+            write_targets(self._targets, alive)
 
     def _kill_hung(self, now_s: float) -> None:
         flows_s = self.fleet.flows_s(now_s)
@@ -154,6 +177,7 @@ class Supervisor:
                 self._signal(signal.SIGKILL)
                 await asyncio.wait(late, timeout=_KILL_AFTER_S)
         await self._nursery.close()
+        self._write_targets()
 
     def _signal(self, number: signal.Signals) -> None:
         for child in list(self._children):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from msgspec import structs
 
+from actors.row_images import RowImage, images_of
 from schemas.events import Admitted
 from schemas.recipe import Recipe
 from schemas.task import TaskRow
@@ -28,6 +29,8 @@ class Task(NamedTuple):
     """But for the trajectory and its seed."""
     private: dict[str, Any] | None = None
     """None when it was put away before."""
+    images: tuple[RowImage, ...] = ()
+    """Of its messages, not put away yet."""
 
 
 class Tasks:
@@ -98,7 +101,7 @@ class Tasks:
                 min_policy_version=policy_version,
                 temperature=self._temperature,
             )
-            yield Task(f"g{number}", template, row.private)
+            yield Task(f"g{number}", template, row.private, images_of(row))
 
     def _row(self, number: int) -> TaskRow:
         while self._rows_read <= number:
@@ -144,7 +147,8 @@ class Evaluations:
             if version <= policy_version:
                 for name, row in zip(self._names(version), self._rows, strict=True):
                     if name not in self._admitted:
-                        yield Task(name, self._template(name, row, version), row.private)
+                        template = self._template(name, row, version)
+                        yield Task(name, template, row.private, images_of(row))
 
     def _close(self) -> None:
         """Look which versions are admitted whole."""

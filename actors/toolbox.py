@@ -50,7 +50,9 @@ class Toolbox:
         self._limits = Limits()
         self._rebuild_s = recipe.toolbox.rebuild_s
         self._replica = replica
-        self.sessions = Sessions(sandbox, self._limits, recipe.toolbox.sessions)
+        self.sessions = Sessions(
+            self._limits, recipe.toolbox.sessions, recipe.toolbox.sessions_mb << 20
+        )
         self.made_anew = 0
         """How many sessions were, with calls to run again."""
 
@@ -94,14 +96,13 @@ class Toolbox:
     async def _call(
         self, state: Trajectory, tool: Tool, call: Call, kept: Kept | None
     ) -> Observation:
-        shown = [image for result in state.results for image in result.images]
         context = Context(
-            run=self._sandbox.run,
+            run=self._sandbox_of(tool).run,
             limits=self._limits_of(tool),
             task=state.admitted.public.extra,
             session=kept.open if kept else None,
             keep=kept.keep if kept else None,
-            images=[partial(self._images.load, image) for image in shown],
+            images=[partial(self._images.load, image) for image in state.images],
         )
         return self._shorten(await tool(context, call.arguments), tool)
 
@@ -126,7 +127,7 @@ class Toolbox:
     async def _in_session(self, state: Trajectory, tool: Tool) -> Result:
         """Run the call in the trajectory's session, which is made anew first if it is not what the log says."""
         key = key_of(state)
-        async with self.sessions.use(key) as kept:
+        async with self.sessions.use(key, self._sandbox_of(tool)) as kept:
             if kept.asked_seq == state.seq and kept.last is not None:
                 return kept.last
             if kept.last != _last_result(state, key.tool):
@@ -143,7 +144,8 @@ class Toolbox:
         if not before:
             return
         if not tool.replay:
-            what = f"the session of {tool.name} is gone (its replica died, or toolbox.sessions are too few)"
+            why = "its replica died, or toolbox.sessions or sessions_mb are too few"
+            what = f"the session of {tool.name} is gone ({why})"
             raise HopFailed(
                 "tool", "session_lost", f"{what}; its calls may not run again", final=True
             )
@@ -167,6 +169,10 @@ class Toolbox:
         """Close what is kept for a trajectory that has ended."""
         await self.sessions.forget(trajectory)
 
+    def _sandbox_of(self, tool: Tool) -> Sandbox:
+        modules = tool.options.imports
+        return self._sandbox if modules is None else self._sandbox.importing(modules)
+
     def _limits_of(self, tool: Tool) -> Limits:
         return replace(self._limits, wall_s=tool.options.timeout_s or self._recipe.timeout_s)
 
@@ -181,8 +187,10 @@ class Toolbox:
 
     async def close(self) -> None:
         """Kill what still runs."""
-        await self.sessions.close()
-        await self._sandbox.close()
+        try:
+            await self.sessions.close()
+        finally:
+            await self._sandbox.close()
 
 
 def key_of(state: Trajectory) -> Key:

@@ -9,8 +9,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from structlog.contextvars import bind_contextvars
 
 from actors.errors import UserError
+from actors.joining import start_at_rest
 from actors.learner import is_shadow
 from actors.preflight import check_names, resolve_tools
 from actors.process import opened
@@ -20,18 +22,23 @@ from actors.report import Report
 from actors.run_folder import RunFolder
 from actors.supervisor import Supervisor
 from bus import subjects
-from bus.connection import Bus, Endpoint, connect
+from bus.connection import Bus, connect
 from bus.embedded import EmbeddedServer
 from bus.log import Log, open_log
+from bus.logins import Logins, read_logins
 from bus.provision import provision
 from schemas.events import Archived, Ended, Opened, Stopping
 from schemas.messages import RoleName
-from schemas.recipe import Recipe
+from schemas.recipe import Nats, Recipe, Replicas
 
 INTERRUPTED = 130
 """Exit status of a run that was told to stop and can be resumed."""
 _ARCHIVE_S = 60.0
 """How long a run that has ended waits for its archive."""
+
+
+class HasEnded(UserError):
+    """The run is over."""
 
 
 async def train(
@@ -48,19 +55,65 @@ async def train(
         raise UserError(f"run {run!r} is alive already: watch it with `actors tail --run {run}`")
     check_names(recipe, recipe_dir)
     recipe = await resolve_tools(recipe, recipe_dir)
+    stop = _told_to_stop()
+    async with begin(recipe, recipe_dir, folder, nats_url, log_limit_bytes) as begun:
+        run_ = Run(recipe, run, folder, begun.logins, console)
+        ended = await run_.supervise(begun, stop, _counts(recipe.replicas))
+    return 0 if ended else INTERRUPTED
+
+
+async def report(
+    recipe: Recipe,
+    recipe_dir: str,
+    run: str,
+    nats_url: str,
+    console: Console,
+    log_limit_bytes: int | None = None,
+) -> int:
+    """Start or resume a run whose replicas others start, and report until it ends or is told to stop."""
+    if not nats_url:
+        raise UserError(
+            "train: --no-replicas needs --nats: where those join that are started elsewhere"
+        )
+    check_names(recipe, recipe_dir)
+    recipe = await resolve_tools(recipe, recipe_dir)
+    stop, folder = _told_to_stop(), RunFolder(run)
+    try:
+        async with begin(
+            recipe, recipe_dir, folder, nats_url, log_limit_bytes, local=False
+        ) as begun:
+            await Run(recipe, run, folder, begun.logins, console).supervise(begun, stop, {})
+    except HasEnded as error:  # nothing to do, however often it is started again
+        console.print(str(error), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _told_to_stop() -> asyncio.Event:
+    """An event that signals set."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
-    async with begin(recipe, recipe_dir, folder, nats_url, log_limit_bytes) as begun:
-        run_ = Run(recipe, run, folder, begun.endpoint, console)
-        return await run_.supervise(begun.bus, begun.log, begun.after, stop)
+    return stop
+
+
+def _counts(replicas: Replicas) -> dict[RoleName, int]:
+    """How many of each role; those that need torch last: the others need not wait for it."""
+    return {
+        "dispatcher": 1,
+        "toolbox": replicas.toolbox,
+        "scorer": replicas.scorer,
+        "gateway": replicas.gateway,
+        "recorder": replicas.recorder,
+        "generator": replicas.generator,
+        "learner": 1,
+    }
 
 
 class Begun(NamedTuple):
     """A run that can be joined."""
 
-    endpoint: Endpoint
+    logins: Logins
     bus: Bus
     log: Log
     after: int
@@ -74,35 +127,48 @@ async def begin(
     folder: RunFolder,
     nats_url: str,
     log_limit_bytes: int | None = None,
+    *,
+    local: bool = True,
 ) -> AsyncIterator[Begun]:
     """Begin a run, or go on with it: its server, its streams, its recipe in the log, its address in its folder.
 
-    Raises UserError for a run that has ended.
+    `local`: others on this machine may join without `--nats`. Raises UserError for a run that has ended.
     """
+    bind_contextvars(run=folder.run, role="supervisor")
     async with AsyncExitStack() as stack:
-        endpoint = await stack.enter_async_context(_server(folder, nats_url))
-        bus = await stack.enter_async_context(connect(endpoint, f"supervisor {folder.run}"))
+        logins = await stack.enter_async_context(_server(folder, nats_url, recipe.nats))
+        name = f"supervisor {folder.run}"
+        async with connect(logins.of("provision"), f"{name} provisions") as provisioning:
+            await provision(
+                provisioning,
+                folder.run,
+                recipe.tools.names,
+                log_limit_bytes=log_limit_bytes,
+                replicas=recipe.nats.replicas,
+            )
+        bus = await stack.enter_async_context(connect(logins.of("supervisor"), name))
         run_log = await stack.enter_async_context(open_log(bus, folder.run))
-        await provision(bus, folder.run, recipe.tools.names, log_limit_bytes=log_limit_bytes)
         after = await _open(run_log, recipe, recipe_dir)
         (folder.path / "recipe.toml").write_text(to_toml(recipe))
-        folder.write_endpoint(endpoint)
-        stack.callback(folder.remove_endpoint)
-        yield Begun(endpoint, bus, run_log, after)
+        if local:
+            folder.write_endpoint(logins)
+            stack.callback(folder.remove_endpoint)
+        yield Begun(logins, bus, run_log, after)
 
 
 @asynccontextmanager
-async def _server(folder: RunFolder, nats_url: str) -> AsyncIterator[Endpoint]:
-    """The server given, or one of our own that is kept alive."""
+async def _server(folder: RunFolder, nats_url: str, nats: Nats) -> AsyncIterator[Logins]:
+    """The server given, or one of our own that is kept alive. Raises UserError, InUse."""
     if nats_url:
         folder.path.mkdir(parents=True, exist_ok=True)
-        yield Endpoint(url=nats_url)
+        yield read_logins(nats_url)
         return
-    server = EmbeddedServer(folder.nats)
-    server.start()
+    server = EmbeddedServer(folder.nats, analytics_sees_answers=nats.analytics_sees_answers)
+    if not await start_at_rest(server, folder):
+        raise UserError(f"run {folder.run!r} is alive already: `actors tail` watches it")
     keeper = asyncio.create_task(server.keep(), name="keep nats-server")
     try:
-        yield server.endpoint
+        yield server.logins
     finally:
         keeper.cancel()
         with suppress(asyncio.CancelledError):
@@ -120,7 +186,7 @@ async def _open(run_log: Log, recipe: Recipe, recipe_dir: str) -> int:
     async for stored in run_log.read(subjects.run_event(run_log.run)):
         after = stored.seq
         if isinstance(stored.event, Ended | Archived):
-            raise UserError(f"run {run_log.run!r} has ended: choose another --run name")
+            raise HasEnded(f"run {run_log.run!r} has ended: choose another --run name")
     if before is None or (before.recipe, before.recipe_dir) != (recipe, recipe_dir):
         event = Opened(replica="supervisor", recipe=recipe, recipe_dir=recipe_dir)
         after = await run_log.append_run(event)
@@ -131,41 +197,31 @@ class Run:
     """A run that is being supervised."""
 
     def __init__(
-        self, recipe: Recipe, run: str, folder: RunFolder, endpoint: Endpoint, console: Console
+        self, recipe: Recipe, run: str, folder: RunFolder, logins: Logins, console: Console
     ) -> None:
         self._recipe = recipe
         self._folder = folder
         self._console = console
         self._run = run
         self._report = Report(folder.path)
-        self._supervisor = Supervisor(run, endpoint, folder.logs, recipe)
+        self._supervisor = Supervisor(run, logins, folder.logs, recipe)
         self._begun_s = time.monotonic()
         self._ended = False
 
-    async def supervise(self, bus: Bus, run_log: Log, after: int, stop: asyncio.Event) -> int:
-        """Keep the replicas alive until the run ends or must stop; returns the exit status."""
+    async def supervise(
+        self, begun: Begun, stop: asyncio.Event, counts: dict[RoleName, int]
+    ) -> bool:
+        """Keep so many replicas alive until the run ends, or must stop; whether it has ended."""
         self._console.print(
             f"run {self._run} in {self._folder.path}/", highlight=False, soft_wrap=True
         )
-        replicas = self._recipe.replicas
-        counts: dict[
-            RoleName, int
-        ] = {  # those that need torch last: the others need not wait for it
-            "dispatcher": 1,
-            "toolbox": replicas.toolbox,
-            "scorer": replicas.scorer,
-            "gateway": replicas.gateway,
-            "recorder": replicas.recorder,
-            "generator": replicas.generator,
-            "learner": 1,
-        }
         with Progress(self._run, self._recipe, self._console) as progress:
             keepers = {
                 role: asyncio.create_task(self._supervisor.keep(role, count), name=f"keep {role}")
                 for role, count in counts.items()
             }
-            watch = asyncio.create_task(self._watch(run_log, progress, after), name="watch")
-            children = asyncio.create_task(self._supervisor.watch(bus), name="watch children")
+            watch = asyncio.create_task(self._watch(begun.log, progress, begun.after), name="watch")
+            children = asyncio.create_task(self._supervisor.watch(begun.bus), name="watch children")
             stopped = asyncio.create_task(stop.wait(), name="stop")
             try:
                 ended = await self._until_over(keepers, watch, children, stopped)
@@ -177,7 +233,7 @@ class Run:
                 await asyncio.wait(tasks)
                 self._report.close()
         self._say_summary(ended)
-        return 0 if ended else INTERRUPTED
+        return ended
 
     async def _until_over(
         self,
@@ -186,19 +242,20 @@ class Run:
         children: asyncio.Task[None],
         stopped: asyncio.Task[bool],
     ) -> bool:
-        """Wait for the end, which is the learner's: it exports the model. False when told to stop before.
+        """Wait for the end, which is the learner's if it is ours: it exports the model. False when told to stop before.
 
         Raises CrashLoop.
         """
         waiting: set[asyncio.Task[Any]] = {*keepers.values(), watch, children, stopped}
-        while not (watch.done() and keepers["learner"].done()):
+        learner = keepers.get("learner", watch)
+        while not (watch.done() and learner.done()):
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
             if stopped in done or (watch in done and not self._ended):
                 return False
         # the end reaches it within a second, unless it was behind; a full disk does not hold the run back for long
-        done, _ = await asyncio.wait({keepers["recorder"]}, timeout=_ARCHIVE_S)
+        done, _ = await asyncio.wait({keepers.get("recorder", watch)}, timeout=_ARCHIVE_S)
         for task in done:
             task.result()
         if not done:

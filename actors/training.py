@@ -19,15 +19,18 @@ import structlog
 import torch
 from msgspec.structs import replace
 
+from actors import metrics
 from actors.cleaning import OldWeights
 from actors.data import load_function
 from actors.errors import RecipeError
 from actors.learner import LOG_PLACE, NAME, Batch, LogPlace, Planner, is_shadow, step_metrics
+from actors.pictures import Pictures, open_pictures
 from actors.process import Process
 from actors.run_folder import RunFolder
 from actors.scores import Scores
 from bus import policy, subjects
 from engines.chat import Chat
+from engines.errors import EngineError
 from learner.checkpoints import CheckpointWriter, latest_checkpoint
 from learner.policy import Policy
 from learner.samples import Sample, batch_sha256, sample_of
@@ -35,6 +38,7 @@ from learner.supervised import cold_start
 from schemas.events import AnyLearnerEvent, Ended, Step, Stepped, Warmed
 from schemas.messages import WeightsPointer
 from schemas.recipe import Lora, Recipe
+from schemas.trajectory import Trajectory
 
 log = structlog.get_logger()
 
@@ -78,6 +82,7 @@ class Training:
         torch.set_num_threads(self._recipe.learner.threads)
         checkpoint = latest_checkpoint(self._folder.checkpoints)
         source = await asyncio.to_thread(self._model_folder)
+        self._pictures = self._open_pictures(source)
         cold = checkpoint is None and source != self._base and self._recipe.cold_start.steps
         recipe = _without_adapters(self._recipe) if cold else self._recipe
         self._policy = await asyncio.to_thread(self._open, source, recipe)
@@ -106,6 +111,13 @@ class Training:
             await self._train()
         finally:
             await asyncio.to_thread(self._checkpoints.wait)
+
+    def _open_pictures(self, folder: Path) -> Pictures | None:
+        """What the model sees. Raises RecipeError where it cannot learn from that."""
+        try:
+            return open_pictures(folder, self._process.bus, self._process.run)
+        except EngineError as error:
+            raise RecipeError("recipe", "policy.model", error.detail) from error
 
     def _model_folder(self) -> Path:
         """The Hugging Face folder to start from; a model source writes it once per run."""
@@ -233,27 +245,29 @@ class Training:
         number = batch.step.step
         self._process.vitals.phase = f"step {number}/{self._recipe.learner.steps}"
         begun = time.monotonic()
-        groups = samples_of(batch)
+        groups = await samples_of(batch, self._pictures)
         trained = await asyncio.to_thread(optimize, self._policy, groups, batch.step)
         train_s = time.monotonic() - begun
         weights = await asyncio.to_thread(self._policy.weights)
         recorded = self._planner.stepped.get(number)
         sha256 = hashlib.sha256(weights).hexdigest()
         if recorded is None:
+            row = self._row(batch, trained, train_s)
             await self._append(
                 Stepped(
                     replica=self._process.replica,
                     step=number,
                     policy_version=number,
                     weights_sha256=sha256,
-                    metrics=self._row(batch, trained, train_s),
+                    metrics=row,
                     batch_sha256=batch_sha256(groups),
                 )
             )
+            metrics.stepped(row)
         elif recorded.weights_sha256 != sha256:
             log.warning("step trained again gave other weights", step=number)
+        await self._old_weights.delete(number)
         await self._publish(number, weights, sha256)
-        await self._old_weights.delete(self._published)
         last = number == self._recipe.learner.steps
         if number % self._recipe.learner.checkpoint_every_steps == 0 or last:
             await self._checkpoint(number)
@@ -336,9 +350,14 @@ def _named(name: str, recipe_dir: str) -> Path:
     return folders[0] if folders else _download(name)
 
 
-def samples_of(batch: Batch) -> list[list[Sample]]:
-    """A batch as the learner takes it."""
-    return [[sample_of(member) for member in group] for group in batch.groups]
+async def samples_of(batch: Batch, pictures: Pictures | None) -> list[list[Sample]]:
+    """A batch as the learner takes it. Raises HopFailed, BusError when an image cannot be had."""
+
+    async def sample(member: Trajectory) -> Sample:
+        images = await pictures.inputs(member.images, member.tokens) if pictures else []
+        return sample_of(member, images)
+
+    return [[await sample(member) for member in group] for group in batch.groups]
 
 
 def optimize(policy: Policy, groups: list[list[Sample]], step: Step) -> dict[str, float]:

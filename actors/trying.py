@@ -1,6 +1,7 @@
 """`actors tools`: see what tools there are, how the policy sees them, and call one by hand as the toolbox would."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import click
 import msgspec
 
 from actors.errors import UserError
-from actors.recipe import load_recipe, tools_without_recipe
+from actors.recipe import NO_POLICY, load_recipe, tools_without_recipe
 from actors.roles import open_encoder
 from schemas.events import Call
 from schemas.recipe import Tools
@@ -24,13 +25,23 @@ from tools.tool import Context, Place, Tool
 async def list_tools(recipe_path: Path | None, sets: tuple[str, ...]) -> None:
     """One line for each function: of the tools that have names, or of a recipe's."""
     config, recipe_dir = _config(recipe_path, sets)
-    names = config.use if config.names else tool_names()
-    tools = [*await _load(config, recipe_dir, names), *remote_tools(config.remote).values()]
-    width = max((len(function.name) for tool in tools for function in tool.functions), default=0)
+    names = config.names or tool_names()
+    tools = await _load(config, recipe_dir, names)
+    lines = [
+        (_label(tool.name, function.name), function.description.partition("\n")[0], _traits(tool))
+        for tool in tools
+        for function in tool.functions
+    ]
+    width = max((len(label) for label, *_ in lines), default=0)
+    for label, first, traits in lines:
+        click.echo(f"{label:{width}}  {first}{traits}")
     for tool in tools:
-        for function in tool.functions:
-            first = function.description.partition("\n")[0]
-            click.echo(f"{function.name:{width}}  {first}{_traits(tool)}")
+        if not tool.functions:
+            click.echo(f"{tool.name:{width}}  What its options name: [tools.options.{tool.name}]")
+
+
+def _label(tool: str, function: str) -> str:
+    return tool if function == tool else f"{tool}: {function}"
 
 
 async def show_schema(name: str, recipe_path: Path | None, sets: tuple[str, ...]) -> None:
@@ -56,7 +67,9 @@ async def call_tool(
         try:
             async with open_tools([tool], Place(recipe_dir=recipe_dir, encoder=open_encoder)):
                 context = Context(
-                    run=sandbox.run, limits=Limits(wall_s=wall_s), task=_json_object(task, "--task")
+                    run=sandbox.importing(tool.options.imports or ()).run,
+                    limits=Limits(wall_s=wall_s),
+                    task=_json_object(task, "--task"),
                 )
                 seen = await tool(context, _arguments(tool, text).arguments)
         finally:
@@ -79,10 +92,14 @@ def _config(recipe_path: Path | None, sets: tuple[str, ...]) -> tuple[Tools, str
     """The `tools` table of a recipe, or the defaults, with overrides; and where its names are looked up."""
     if recipe_path is None:
         return tools_without_recipe(sets), str(Path.cwd())
-    return load_recipe(recipe_path, sets).tools, str(recipe_path.resolve().parent)
+    return load_recipe(recipe_path, (*sets, *NO_POLICY)).tools, str(recipe_path.resolve().parent)
 
 
-async def _load(config: Tools, recipe_dir: str, names: list[str]) -> list[Tool]:
+async def _load(config: Tools, recipe_dir: str, names: Sequence[str]) -> list[Tool]:
+    """Tools by their names; those of the recipe that others serve are as the policy sees them."""
+    remote = remote_tools(config.remote)
+    served = [remote[name] for name in names if name in remote]
+    names = [name for name in names if name not in remote]
     short = {name.rpartition(":")[2] for name in names}
     options: dict[str, dict[str, Any]]
     options = {name: dict(table) for name, table in config.options.items() if name in short}
@@ -90,7 +107,7 @@ async def _load(config: Tools, recipe_dir: str, names: list[str]) -> list[Tool]:
         tools = load_tools(names, recipe_dir, options)
         for name, found in (await resolve_options(tools, Place(recipe_dir=recipe_dir))).items():
             options[name] = options.get(name, {}) | found
-        return list(load_tools(names, recipe_dir, options).values())
+        return [*load_tools(names, recipe_dir, options).values(), *served]
     except ToolError as error:
         raise UserError(error.detail) from error
 

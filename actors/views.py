@@ -21,13 +21,13 @@ from schemas.events import (
     Scored,
     Step,
     Stepped,
-    StoredImage,
     ToolAdded,
     ToolRemoved,
     TrajectoryEvent,
     Turn,
     Warmed,
 )
+from schemas.images import StoredImage
 from schemas.messages import Heartbeat
 from schemas.tokens import Tokens
 from schemas.trajectory import Trajectory
@@ -120,6 +120,7 @@ def trajectory_text(state: Trajectory) -> str:
     ]
     for message in admitted.public.messages:
         lines += _block(message.role, message.content)
+        lines += [f"   {image_text(image)}" for image in message.images]
     for index, turn in enumerate(state.turns):
         tokens = turn.tokens
         sampled = [v for v in tokens.versions_T if v >= 0]

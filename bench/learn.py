@@ -1,15 +1,24 @@
 """Reward curves that mean something: each main algorithm, and each bound of staleness, at several seeds.
 
-Each run is the real system on the recipe, with held-out problems evaluated every few steps. Steps and seconds are those
-of the reinforcement-learning phase, to the first version that answers 0.9 of them; the worst drop is the farthest that
-the held-out curve fell below what it had reached. A run that never gets there has none.
+Each run is the real system on the recipe, with held-out problems evaluated every few steps; all of one seed begin with
+the same cold start, made once. Steps and seconds are those of the reinforcement-learning phase, to the first version
+that answers 0.9 of them; the worst drop is the farthest that the held-out curve fell below what it had reached. A run
+that never gets there has none.
 
-    python -m bench.learn [--algorithms A,B] [--staleness 0,4,8] [--seeds N] [--steps N] [--quick]
+`--trl` adds the peer: TRL's GRPOTrainer from the same cold starts, on the same rows (bench/learn_trl.py). Its clock
+stands still while held-out problems are answered; ours, which answers them while it trains, does not.
+
+    python -m bench.learn [--algorithms A,B] [--staleness 0,4,8] [--trl] [--seeds N] [--steps N] [--quick]
 """
 
 import argparse
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +28,7 @@ from typing import NamedTuple
 import uvloop
 
 from actors.compare import Curve
-from actors.recipe import load_recipe, with_overrides
+from actors.recipe import load_recipe, to_toml, with_overrides
 from actors.report import evaluated_version
 from bench.running import start_run
 from bus.log import Log
@@ -28,15 +37,17 @@ from schemas.recipe import Recipe
 
 GOAL = 0.9
 EVALUATED_STEPS = 5
+EVERY_GROUP = "filter.zero_variance=false"
+"""Where the baseline is not the group's, one of equal rewards teaches too."""
 ALGORITHMS = {
     "grpo": ["advantage.scale=group", "loss.aggregation=sequence_mean"],
     "dr_grpo": ["loss.aggregation=constant"],
     "dapo": ["advantage.scale=group"],
     "rloo": ["advantage.estimator=rloo", "loss.method=reinforce"],
-    "reinforce++": ["advantage.estimator=reinforce++", "kl.coefficient=1e-3", "kl.place=reward"],
+    "reinforce++": ["advantage.estimator=reinforce++", "kl.coefficient=1e-3", "kl.place=reward", EVERY_GROUP],
     "gspo": ["loss.method=gspo", "loss.aggregation=sequence_mean", "loss.clip_low=3e-4", "loss.clip_high=4e-4"],
     "cispo": ["loss.method=cispo"],
-    "ppo": ["advantage.estimator=gae", "advantage.scale=batch"],
+    "ppo": ["advantage.estimator=gae", "advantage.scale=batch", EVERY_GROUP],
 }  # fmt: skip
 """Name → keys of [learner]; the others are the recipe's."""
 STALENESS = (0, 4, 8)
@@ -57,6 +68,14 @@ class Learned(NamedTuple):
     steps_to_goal: int | None
     seconds_to_goal: float | None
     worst_drop: float
+
+
+async def warm_up(recipe: Recipe, folder: Path) -> None:
+    """Leave in the folder the model that the recipe's cold start makes."""
+    recipe = with_overrides(recipe, ["learner.steps=0", "evaluation.limit=1"])
+    async with start_run(recipe) as run:
+        await run.over()
+        shutil.copytree(run.folder / "checkpoint", folder)
 
 
 async def measure(recipe: Recipe) -> Learned:
@@ -81,9 +100,29 @@ async def read_run(log: Log) -> Learned:
             rewards[evaluated_version(event.trajectory)].append(event.reward)
     versions = sorted(rewards)
     curve = Curve(versions, [sum(rewards[v]) / len(rewards[v]) for v in versions])
-    reached = next((v for v, mean in zip(*curve, strict=True) if mean >= GOAL), None)
-    seconds = None if reached is None else max(0.0, made_s.get(reached, begun_s) - begun_s)
-    return Learned(curve.values[-1], reached, seconds, curve.worst_drop)
+    return learned(curve, [max(0.0, made_s.get(v, begun_s) - begun_s) for v in versions])
+
+
+def measure_trl(recipe: Recipe) -> Learned:
+    """Let TRL do the recipe, in a process of its own."""
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "bench.learn_trl", "/dev/stdin"],
+        input=to_toml(recipe),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | quiet,
+    )
+    found = json.loads(ran.stdout.splitlines()[-1])
+    return learned(Curve(found["versions"], found["held_out"]), found["seconds"])
+
+
+def learned(curve: Curve, seconds: Sequence[float]) -> Learned:
+    """What a held-out curve amounts to; `seconds` to each of its versions."""
+    points = zip(*curve, seconds, strict=True)
+    steps, reached_s = next(((v, s) for v, mean, s in points if mean >= GOAL), (None, None))
+    return Learned(curve.values[-1], steps, reached_s, curve.worst_drop)
 
 
 def kinds(algorithms: Sequence[str], staleness: Sequence[int]) -> Iterator[tuple[str, list[str]]]:
@@ -120,6 +159,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=Path("recipes/arithmetic.toml"))
     parser.add_argument("--algorithms", default=",".join(ALGORITHMS), help="by comma; or none")
     parser.add_argument("--staleness", default=",".join(map(str, STALENESS)), help="or none")
+    parser.add_argument("--trl", action="store_true", help="and TRL's GRPOTrainer")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--quick", action="store_true", help="one seed, two tiny steps")
@@ -129,6 +169,10 @@ def main() -> None:
         parser.error(f"--algorithms: {min(unknown)}: there are {', '.join(ALGORITHMS)}")
     staleness = [int(bound) for bound in options.staleness.split(",") if bound not in ("", "none")]
     recipe = load_recipe(options.recipe)
+    if options.trl and recipe.policy.model != "recipes.arithmetic:model":
+        parser.error(
+            f"--trl: its peer speaks as recipes/arithmetic.toml does, not {options.recipe}"
+        )
     steps = 2 if options.quick else options.steps or recipe.learner.steps
     keys = {"learner.steps": steps, "evaluation.every_steps": min(steps, EVALUATED_STEPS)}
     keys |= QUICK if options.quick else {}
@@ -137,13 +181,21 @@ def main() -> None:
         f"{'':14} {'held out':>8} {'worst':>8} {'to 0.9':8} {'steps':>6} {'seconds':>8} {'worst drop':>10}"
     )
     found = {}
-    for name, overrides in kinds(algorithms, staleness):
-        runs = [
-            uvloop.run(measure(with_overrides(recipe, [*overrides, f"seed={seed}"])))
-            for seed in range(1 if options.quick else options.seeds)
-        ]
-        print(line(name, runs), flush=True)
-        found[name] = figures(runs)
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        recipes = []
+        for seed in range(1 if options.quick else options.seeds):
+            seeded, folder = with_overrides(recipe, [f"seed={seed}"]), Path(name, str(seed))
+            uvloop.run(warm_up(seeded, folder))
+            warmed = [f"policy.model={folder}", "cold_start.steps=0"]
+            recipes.append(with_overrides(seeded, warmed))
+        for kind, overrides in kinds(algorithms, staleness):
+            runs = [uvloop.run(measure(with_overrides(each, overrides))) for each in recipes]
+            print(line(kind, runs), flush=True)
+            found[kind] = figures(runs)
+        if options.trl:
+            runs = [measure_trl(each) for each in recipes]
+            print(line("trl", runs), flush=True)
+            found["trl"] = figures(runs)
     print(json.dumps(found))
 
 

@@ -57,13 +57,14 @@ class RealRun:
         log: Log,
         server: EmbeddedServer,
         child: asyncio.subprocess.Process,
-        output: Path,
+        folder: Path,
     ) -> None:
+        self.folder = folder / "runs" / RUN
         self.log = log
         self.bus = bus
         self.server = server
         self._child = child
-        self._output = output
+        self._output = folder / "output"
 
     @property
     def output(self) -> str:
@@ -131,16 +132,15 @@ async def start_run(recipe: Recipe, store: Path | None = None) -> AsyncIterator[
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         (folder / "recipe.toml").write_text(to_toml(recipe))
-        server = EmbeddedServer(store or folder / "nats")
+        server = EmbeddedServer(store or folder / "nats", unrestricted=True)
         server.start()
         try:
             async with (
                 connect(server.endpoint, "bench") as bus,
                 open_log(bus, RUN) as log,
             ):
-                output = folder / "output"
-                child = await _train(folder, server, output)
-                run = RealRun(bus, log, server, child, output)
+                child = await _train(folder, server)
+                run = RealRun(bus, log, server, child, folder)
                 try:
                     yield run
                 finally:
@@ -149,15 +149,14 @@ async def start_run(recipe: Recipe, store: Path | None = None) -> AsyncIterator[
             server.stop()
 
 
-async def _train(folder: Path, server: EmbeddedServer, output: Path) -> asyncio.subprocess.Process:
-    endpoint = server.endpoint
-    address = endpoint.url.removeprefix("nats://")
+async def _train(folder: Path, server: EmbeddedServer) -> asyncio.subprocess.Process:
+    server.logins.write(folder / "logins")
     environment = os.environ | {
         "ACTORS_RUNS": str(folder / "runs"),
-        "NATS_URL": f"nats://{endpoint.user}:{endpoint.password}@{address}",
+        "NATS_URL": str(folder / "logins"),
     }
     command = [sys.executable, "-m", "actors", "train", str(folder / "recipe.toml"), "--run", RUN]
-    with output.open("ab") as file:
+    with (folder / "output").open("ab") as file:
         return await asyncio.create_subprocess_exec(
             *command,
             env=environment,

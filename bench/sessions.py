@@ -61,7 +61,7 @@ async def routed() -> AsyncIterator[list[Routing]]:
     """Two replicas with connections of their own."""
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
-        server = EmbeddedServer(Path(folder, "nats"))
+        server = EmbeddedServer(Path(folder, "nats"), unrestricted=True)
         server.start()
         stack.callback(server.stop)
         made = []

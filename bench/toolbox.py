@@ -123,13 +123,13 @@ async def start_toolbox(
         toolbox=Toolbox(slots=slots, sessions=_IN_HAND, imports=list(imports)),
     )
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        server = EmbeddedServer(Path(name, "nats"))
+        server = EmbeddedServer(Path(name, "nats"), unrestricted=True)
         server.start()
         try:
             async with connect(server.endpoint, "bench") as bus, open_log(bus, RUN) as log:
                 await provision(bus, RUN, recipe.tools.names)
                 await log.append_run(Opened(recipe=recipe))
-                supervisor = Supervisor(RUN, server.endpoint, Path(name, "logs"), recipe)
+                supervisor = Supervisor(RUN, server.logins, Path(name, "logs"), recipe)
                 async with open_queue(bus, "gen", RUN, slots=_IN_HAND) as queue:
                     generator = Generator(bus, log, queue)
                     await bus.subscribe(subjects.dead("tool", RUN), generator.on_dead)

@@ -31,7 +31,7 @@ _TASK = re.compile(r"<\|user\|>(.*?)<\|end\|>")
 class Script:
     """What the policy says; see engines/scripted.py."""
 
-    seconds_per_token = 0.050
+    seconds_per_token = 0.080
 
     def __call__(self, text: str, seed: int) -> str:
         """`CALLS` calls, one a turn, and then an answer."""

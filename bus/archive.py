@@ -44,17 +44,24 @@ async def messages(bus: Bus, run: str) -> AsyncIterator[tuple[str, Raw]]:
 
 
 async def delete(bus: Bus, run: str, through_seq: int) -> int:
-    """Delete all of a run but its own events, the log up to a sequence; returns how many messages.
+    """Delete all of a run but its weights and its own events, the log up to a sequence; returns how many messages.
 
-    Harmless when it was done before, or cut short.
+    Takes `provision`. Harmless when it was done before, or cut short.
     """
     deleted = 0
     for stream, subject in _DELETED:
         through = through_seq if stream == subjects.LOG_STREAM else 0
         deleted += await store.purge(bus, stream, subject.format(run=run), through_seq=through)
-    for bucket in (blobs.BUCKET, policy.BUCKET):
-        for found in await store.objects(bus, bucket, run):
-            await store.delete_object(bus, bucket, found)
-            deleted += found.chunks + 1
+    deleted += await _delete_objects(bus, blobs.BUCKET, run)
     await delete_consumers(bus, run)
     return deleted
+
+
+async def delete_weights(bus: Bus, run: str) -> int:
+    """Delete the weights of a run; returns how many messages. Takes `provision`."""
+    return await _delete_objects(bus, policy.BUCKET, run)
+
+
+async def _delete_objects(bus: Bus, bucket: str, run: str) -> int:
+    found = await store.objects(bus, bucket, run)
+    return sum([await store.purge_object(bus, bucket, each) for each in found])

@@ -2,14 +2,20 @@
 
 What nats-py 2.16 does that this file answers: a server that hangs with unsent data is never noticed (issue 671: the
 watchdog aborts the transport); exhausted reconnects close in silence (735: `closed` is set and every wait here ends);
-`publish_async` loses errors and `flush()` proves nothing (985: every durable publish is a request of its own).
+`publish_async` loses errors and `flush()` proves nothing (985: every durable publish is a request of its own); what a
+role may not do is told to a callback only (595), and what was asked over a link that is lost waits for its answer all
+the same (here whoever waits is told at once: see waits.py).
 """
 
 import asyncio
 import math
+import re
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 import nats
@@ -20,7 +26,9 @@ from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
 
-from bus.errors import BusError, Conflict, Full, Unavailable, Unreachable
+from bus.errors import BusError, Conflict, Full, TooLarge, Unavailable, Unreachable
+from bus.permissions import api, covers, inbox
+from bus.waits import Waits
 
 log = structlog.get_logger()
 
@@ -28,12 +36,18 @@ Message = Msg
 """What callbacks get."""
 
 WRONG_LAST_SEQUENCE = 10071
-STORE_FULL = frozenset({10077, 10023, 10047})
-"""A stream is at its own limit, or the server at that of its whole store (10023 is what 2.15 says to a publisher)."""
+STORE_FULL = frozenset({10077, 10002, 10023, 10047})
+"""A stream is at its own limit, its account is, or the server (10023 is what 2.15 says to a publisher)."""
 
+_CREDENTIALS = re.compile(r"(^|,)(\w+://)?([^/,:@]+)(?::([^,]*))?@")
+_ANSWERS = frozenset({"Nats-Stream", "Status"})
+"""Headers of what the server itself answers."""
+_HEAD_BYTES = len("NATS/1.0\r\n\r\n")
+"""Around headers."""
 _RETRY_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 _PUBLISH_TIMEOUT_S = 3.0
 _CONNECT_TIMEOUT_S = 5.0
+_DRAIN_TIMEOUT_S = 5.0
 _FULL_SAID_S = 10.0
 """How often a publisher that waits for room says so."""
 _PING_S = 1.0
@@ -52,20 +66,61 @@ async def wait(event: asyncio.Event, timeout_s: float) -> bool:
     return event.is_set()
 
 
-class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a server is and how to be let in; what `endpoint.json` of a live run holds."""
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where a server is and how one role is let in.
+
+    The URL may be printed anywhere: what it says of user and password is moved out of it.
+    """
 
     url: str
+    role: str = ""
+    """As whom: its inbox is `_INBOX.<role>.>`. Empty: with rights that are not ours to know."""
+    seed: str = ""
+    """Of an nkey."""
     user: str = ""
+    """Instead of a seed; without a password: a token."""
     password: str = ""
+    ca: str = ""
+    """The file (PEM) of the authority that signed the server's certificate. Empty: no TLS."""
+
+    def __post_init__(self) -> None:
+        if found := _CREDENTIALS.search(self.url):
+            msgspec.structs.force_setattr(self, "url", _CREDENTIALS.sub(r"\1\2", self.url))
+            msgspec.structs.force_setattr(self, "user", self.user or unquote(found[3]))
+            msgspec.structs.force_setattr(
+                self, "password", self.password or unquote(found[4] or "")
+            )
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.url!r}, role={self.role!r})"  # and no secrets
+
+    def options(self) -> dict[str, Any]:
+        """What nats-py is told. Raises OSError when the authority's file cannot be read."""
+        options: dict[str, Any] = {}
+        if self.seed:
+            options["nkeys_seed_str"] = self.seed
+        elif self.password:
+            options |= {"user": self.user, "password": self.password}
+        elif self.user:
+            options["token"] = self.user
+        if self.ca:
+            options["tls"] = ssl.create_default_context(cafile=self.ca)
+        if self.role:
+            options["inbox_prefix"] = inbox(self.role)
+        return options
 
 
 class Bus:
     """A connection to NATS; everything else in this package goes through one."""
 
-    def __init__(self, client: Client, url: str) -> None:
+    def __init__(self, client: Client, endpoint: Endpoint, waits: Waits) -> None:
         self.client = client
-        self.url = url
+        self.url = endpoint.url
+        self.api = api(endpoint.role)
+        """What the subjects begin with on which it is asked how streams and consumers stand."""
+        self.answer_to = waits.answer_to
+        """For the block in which an answer is waited for: it ends at once when there will be none."""
+        self.linked = waits.linked
         self.closed = asyncio.Event()
         """Set when the link is gone for good: the process should end."""
         self.waits_when_full = False
@@ -74,8 +129,16 @@ class Bus:
         """When a stream was last found full (monotonic seconds)."""
         self._jetstream = client.jetstream(timeout=_PUBLISH_TIMEOUT_S)
 
+    def _check_size(self, subject: str, data: bytes, headers: dict[str, str] | None = None) -> None:
+        """Raises TooLarge. Checked here: for headers beyond the limit, too, the server would cut the link."""
+        head = sum(len(f"{key}: {value}\r\n".encode()) for key, value in (headers or {}).items())
+        size_bytes = len(data) + (head + _HEAD_BYTES if headers else 0)
+        if size_bytes > self.client.max_payload:
+            raise TooLarge(subject, size_bytes, self.client.max_payload)
+
     async def publish(self, subject: str, data: bytes) -> None:
-        """Send a core message: at most once, to whoever listens now."""
+        """Send a core message: at most once, to whoever listens now. Raises TooLarge, Unavailable."""
+        self._check_size(subject, data)
         try:
             await self.client.publish(subject, data)
         except NatsError as error:
@@ -92,14 +155,16 @@ class Bus:
         """Publish into a stream and return the message's sequence there, trying again until the deadline.
 
         After a time-out the message may have been stored: give it a message id or an expected sequence. With a
-        deadline of 0 it is tried once. Raises Conflict, Full (see `waits_when_full`), Unavailable.
+        deadline of 0 it is tried once. Raises Conflict, Denied, Full (see `waits_when_full`), TooLarge, Unavailable.
         """
+        self._check_size(subject, data, headers)
         end = time.monotonic() + deadline_s
         said_s = time.monotonic()
         attempt = 0
         while True:
             try:
-                ack = await self._jetstream.publish(subject, data, headers=headers)
+                with self.answer_to(subject):
+                    ack = await self._jetstream.publish(subject, data, headers=headers)
                 return int(ack.seq)
             except APIError as error:
                 if error.err_code == WRONG_LAST_SEQUENCE:
@@ -125,25 +190,37 @@ class Bus:
             attempt += 1
 
     async def request(self, subject: str, data: bytes, timeout_s: float = 3.0) -> Message:
-        """Ask and wait for the one answer. Raises Unavailable."""
+        """Ask and wait for the one answer. Raises Denied, TooLarge, Unavailable."""
+        self._check_size(subject, data)
         try:
-            return await self.client.request(subject, data, timeout=timeout_s)
+            with self.answer_to(subject):
+                return await self.client.request(subject, data, timeout=timeout_s)
         except (NatsError, TimeoutError, NoRespondersError) as error:
             raise Unavailable(subject, repr(error)) from error
 
     async def subscribe(self, subject: str, callback: Callable[[Message], Awaitable[None]]) -> None:
-        """Call back for each core message, until the connection ends."""
-        await self.client.subscribe(subject, cb=callback)
-        with suppress(
-            NatsError
-        ):  # the link was lost meanwhile: it is subscribed again with the next
+        """Call back for each core message, until the connection ends. Raises Denied.
+
+        Not for what the server was made to send there as its answer to somebody: that says so, or has another subject.
+        """
+
+        async def on_message(message: Message) -> None:
+            if covers(subject, message.subject) and not _ANSWERS.intersection(
+                message.headers or ()
+            ):
+                await callback(message)
+
+        await self.client.subscribe(subject, cb=on_message)
+        # suppressed: the link was lost meanwhile; it is subscribed again with the next
+        with suppress(NatsError), self.answer_to(subject):
             await self.client.flush()
 
     async def close(self) -> None:
         """Send what is buffered and leave."""
         if not self.client.is_closed:
             with suppress(NatsError, TimeoutError):
-                await asyncio.wait_for(self.client.drain(), 5.0)
+                async with asyncio.timeout(_DRAIN_TIMEOUT_S):
+                    await self.client.drain()
 
 
 async def _watch(bus: Bus) -> None:
@@ -179,13 +256,21 @@ async def _watch(bus: Bus) -> None:
 
 @asynccontextmanager
 async def connect(endpoint: Endpoint, name: str) -> AsyncIterator[Bus]:
-    """A connection for as long as the block runs. Raises Unreachable when no server answers at first."""
+    """A connection for as long as the block runs.
+
+    Raises Unreachable when no server answers at first, and Denied after a block in which the server has refused
+    anything: `closed` is set at once then, since no waiting helps.
+    """
     bus: Bus | None = None
+    waits = Waits(endpoint.role)
     first_errors: list[str] = []
 
     async def on_error(error: Exception) -> None:
         if bus is None:
             first_errors.append(str(error) or repr(error))
+        elif denied := waits.refuse(error):
+            log.error("denied", error=str(denied))
+            bus.closed.set()
         elif not isinstance(error, (ConnectionError, nats.errors.UnexpectedEOF)):
             log.warning("bus", error=str(error) or repr(error))
 
@@ -195,14 +280,14 @@ async def connect(endpoint: Endpoint, name: str) -> AsyncIterator[Bus]:
 
     async def on_reconnected() -> None:
         log.info("reconnected", url=endpoint.url)
+        waits.find_link()
 
     try:
-        client = await asyncio.wait_for(
-            nats.connect(
-                endpoint.url,
+        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+            client = await nats.connect(
+                endpoint.url.split(","),
                 name=name,
-                user=endpoint.user or None,
-                password=endpoint.password or None,
+                **endpoint.options(),
                 max_reconnect_attempts=-1,
                 reconnect_time_wait=0.25,
                 connect_timeout=2,
@@ -210,16 +295,15 @@ async def connect(endpoint: Endpoint, name: str) -> AsyncIterator[Bus]:
                 max_outstanding_pings=2,
                 error_cb=on_error,
                 closed_cb=on_closed,
+                disconnected_cb=waits.lose_link,
                 reconnected_cb=on_reconnected,
-            ),
-            _CONNECT_TIMEOUT_S,
-        )
+            )
     except (NatsError, OSError, TimeoutError, ValueError) as error:
         # a refusal comes between the resets that it causes, and says more than they do
-        refusals = [text for text in first_errors if "authorization" in text.lower()]
-        why = [str(error) or "no answer in time", *first_errors, *refusals][-1]
+        refused = [text for text in first_errors if "authorization" in text.lower()]
+        why = [str(error) or "no answer in time", *first_errors, *refused][-1]
         raise Unreachable(endpoint.url, why) from error
-    bus = Bus(client, endpoint.url)
+    bus = Bus(client, endpoint, waits)
     watchdog = asyncio.create_task(_watch(bus), name="bus watchdog")
     try:
         yield bus
@@ -227,3 +311,5 @@ async def connect(endpoint: Endpoint, name: str) -> AsyncIterator[Bus]:
         bus.closed.set()
         await watchdog
         await bus.close()
+    if waits.denied is not None:
+        raise waits.denied

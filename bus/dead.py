@@ -8,15 +8,19 @@ from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 import structlog
+from msgspec.structs import replace
 
 from bus import store, subjects
 from bus.codec import decode, encode
 from bus.connection import Bus
-from bus.errors import BadMessage
+from bus.errors import BadMessage, TooLarge
 from bus.log import Raw, open_reader
 from schemas.messages import DeadLetter
 
 log = structlog.get_logger()
+
+_CUT = 4096
+"""Characters of an error, bytes of a payload."""
 
 
 class Dead(NamedTuple):
@@ -30,16 +34,24 @@ class Dead(NamedTuple):
 
 
 async def publish_dead(bus: Bus, letter: DeadLetter) -> None:
-    """Put a message aside, with why."""
-    await bus.store(subjects.dead(letter.stage, letter.run), encode(letter))
+    """Put a message aside, with why; one so large that no letter holds it, only as far as it goes."""
+    subject = subjects.dead(letter.stage, letter.run)
+    try:
+        await bus.store(subject, encode(letter))
+    except TooLarge:
+        error, payload = letter.error[:_CUT], letter.payload[:_CUT]
+        await bus.store(subject, encode(replace(letter, error=error, payload=payload)))
 
 
 def read_dead(raw: Raw) -> Dead:
-    """The letter in a stored message."""
+    """The letter in a stored message, if it is of the stage and run whose subject it has."""
     try:
-        return Dead(raw, decode(raw.data, DeadLetter, raw.subject))
+        letter: DeadLetter = decode(raw.data, DeadLetter, raw.subject)
     except BadMessage as error:
         return Dead(raw, None, error.why)
+    if raw.subject != subjects.dead(letter.stage, letter.run):
+        return Dead(raw, None, f"holds a letter of {subjects.dead(letter.stage, letter.run)}")
+    return Dead(raw, letter)
 
 
 async def dead_letters(bus: Bus, run: str) -> list[Dead]:

@@ -2,13 +2,18 @@
 
 BusError
 ├── Unreachable   no server answers there
+├── Denied        the server does not let this role do it
 ├── Unavailable   the server did not confirm in time; it may or may not have stored the message
+├── InUse         another process has a server on that store
+├── TooLarge      more than a message may hold
 ├── Conflict      the log has moved: somebody else's event came first
 ├── Full          a stream is at its limit
 ├── Missing       a key or an object is not there
 ├── Corrupt       an object's bytes are not what its name says
 └── BadMessage    bytes that are no message of ours
 """
+
+from pathlib import Path
 
 
 class BusError(Exception):
@@ -23,12 +28,45 @@ class Unreachable(BusError):
         self.url = url
 
 
+class Denied(BusError):
+    """The server does not let this role do it; trying again does not help."""
+
+    def __init__(self, role: str, what: str, subject: str) -> None:
+        verb = "publish to" if what == "publish" else "subscribe to"
+        super().__init__(
+            f"{role or 'this login'} may not {verb} {subject} (as the server writes it): use the login of the "
+            "role that may (bus/subjects.py), or renew the server's configuration with `actors nats-conf`"
+        )
+        self.role = role
+        self.subject = subject
+        """In lower case."""
+
+
 class Unavailable(BusError):
     """The server did not confirm in time."""
 
     def __init__(self, subject: str, why: str) -> None:
         super().__init__(f"{subject}: not confirmed: {why}")
         self.subject = subject
+
+
+class InUse(BusError):
+    """Another process has a server on that store: two would lose what they confirm."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            f"{folder}: another command has a server on this store: wait until it ends, or end it"
+        )
+        self.folder = folder
+
+
+class TooLarge(BusError):
+    """More than a message may hold; trying again does not help."""
+
+    def __init__(self, subject: str, size_bytes: int, limit_bytes: int) -> None:
+        super().__init__(f"{subject}: {size_bytes} bytes; a message of the bus holds {limit_bytes}")
+        self.subject = subject
+        self.limit_bytes = limit_bytes
 
 
 class Conflict(BusError):

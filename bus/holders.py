@@ -17,8 +17,8 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import structlog
+from nats.errors import ConnectionReconnectingError, NoRespondersError
 from nats.errors import Error as NatsError
-from nats.errors import NoRespondersError
 
 from bus import store, subjects
 from bus.codec import decode, encode
@@ -145,13 +145,17 @@ class Holders:
         silent = 0
         while True:
             try:
-                message = await self._bus.client.request(
-                    subject, encode(ask), timeout=_SILENCES_S[silent]
-                )
+                with self._bus.answer_to(subject):
+                    message = await self._bus.client.request(
+                        subject, encode(ask), timeout=_SILENCES_S[silent]
+                    )
             except NoRespondersError:
                 if now_s() >= patient_until_s:
                     return Answer() if ask.work else None
                 await asyncio.sleep(_AT_WORK_S)
+                continue
+            except ConnectionReconnectingError:  # what was asked is asked again over the next link
+                ask = Ask(id=ask.id, holder=holder)
                 continue
             except (NatsError, TimeoutError) as error:
                 if not self._bus.client.is_connected:
@@ -167,6 +171,8 @@ class Holders:
             ask, silent = Ask(id=ask.id, holder=holder), 0
 
     async def _on_ask(self, key: Key, message: Message) -> None:
+        if message.headers or message.subject != subjects.session(self._run, *key):
+            return  # the server's answer to somebody, sent here
         try:
             ask: Ask = decode(message.data, Ask, message.subject)
         except BadMessage as error:

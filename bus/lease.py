@@ -26,7 +26,7 @@ class Lease:
         while True:
             try:
                 held = await store.get(self._bus, "lease", self._key)
-                if held is None or held.data == self._replica or self._has_died(held.data):
+                if held is None or self._is_free(held.data):
                     self._seq = await store.put(
                         self._bus,
                         "lease",
@@ -40,8 +40,10 @@ class Lease:
                 pass  # somebody was faster, or no server or room: look again
             await asyncio.sleep(_RENEW_S)
 
-    def _has_died(self, holder: bytes) -> bool:
-        """Whether a process of this machine held it and is no more; of another machine only time can tell."""
+    def _is_free(self, holder: bytes) -> bool:
+        """Whether it was released, or is our own, or its holder has died: of another machine's only time can tell."""
+        if holder in (b"", self._replica):
+            return True
         name, _, pid = holder.decode().rpartition("-")
         if name != self._replica.decode().rpartition("-")[0] or not pid.isdecimal():
             return False
@@ -67,12 +69,14 @@ class Lease:
                     ttl_s=_TTL_S,
                 )
             except Conflict:
-                held = await store.get(self._bus, "lease", self._key)
-                if held is None or held.data != self._replica:
-                    return
-                self._seq = held.seq
+                with suppress(Unavailable):  # the next round asks again
+                    held = await store.get(self._bus, "lease", self._key)
+                    if held is None or held.data != self._replica:
+                        return
+                    self._seq = held.seq
             except (Full, Unavailable):
-                continue  # nobody else can have it either
+                # cut off for longer than it lasts, another has it, and the commit rule makes two of us harmless
+                continue
 
     async def release(self) -> None:
         """Let a standby in at once."""

@@ -6,6 +6,8 @@ dies or meets a restarted server goes on from the sequence it has.
 
 import asyncio
 import json
+import time
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
@@ -32,6 +34,8 @@ log = structlog.get_logger()
 
 _BATCH = 512
 _ANSWER_S = 2.0
+_BEHIND_S, _LOOK_AGAIN_S = 5.0, 0.1
+"""How long a server may be behind the others of its cluster, and how often it is asked until it is not."""
 POLL_S = 0.25
 """How often a follower looks for more."""
 
@@ -82,7 +86,7 @@ class StreamReader:
 
     def __init__(self, bus: Bus, stream: str) -> None:
         self._bus = bus
-        self._stream = stream
+        self._asks = f"$JS.API.DIRECT.GET.{stream}"
         self.address = bus.client.new_inbox()
         self._requests = 0
         self._answers: dict[str, asyncio.Queue[Message]] = {}
@@ -96,7 +100,7 @@ class StreamReader:
     async def batch(self, subject: str, after: int) -> tuple[list[Raw], bool]:
         """The next messages after a sequence, and whether more are there already.
 
-        Raises Unavailable when the server does not answer in time.
+        Raises Unavailable when the server does not answer in time, and Denied.
         """
         self._requests += 1
         reply = f"{self.address}.{self._requests}"
@@ -104,20 +108,21 @@ class StreamReader:
         query = json.dumps({"seq": after + 1, "batch": _BATCH, "next_by_subj": subject}).encode()
         found: list[Raw] = []
         try:
-            await self._bus.client.publish(f"$JS.API.DIRECT.GET.{self._stream}", query, reply=reply)
-            while True:
-                async with asyncio.timeout(_ANSWER_S):
-                    message = await answers.get()
-                headers = message.headers or {}
-                status = headers.get("Status")
-                if status is None:
-                    found.append(raw_message(message))
-                elif status == "204":
-                    return found, int(headers.get("Nats-Num-Pending", "0")) > 0
-                elif status == "404":
-                    return found, False
-                else:
-                    raise Unavailable(subject, f"status {status}")
+            with self._bus.answer_to(self._asks):
+                await self._bus.client.publish(self._asks, query, reply=reply)
+                while True:
+                    async with asyncio.timeout(_ANSWER_S):
+                        message = await answers.get()
+                    headers = message.headers or {}
+                    status = headers.get("Status")
+                    if status is None:
+                        found.append(raw_message(message))
+                    elif status == "204":
+                        return found, int(headers.get("Nats-Num-Pending", "0")) > 0
+                    elif status == "404":
+                        return found, False
+                    else:
+                        raise Unavailable(subject, f"status {status}")
         except (NatsError, TimeoutError) as error:
             if found:
                 return found, True
@@ -226,7 +231,8 @@ class Log:
 
     async def append_run(self, event: AnyRunEvent) -> int:
         """Append a fact of the run itself; the order among writers does not matter."""
-        return await self._bus.store(subjects.run_event(self.run, event.kind), encode(event))
+        subject = subjects.run_event(self.run, event.kind)
+        return await self._bus.store(subject, encode(event), {"Nats-Msg-Id": uuid.uuid4().hex})
 
     async def _append(self, subject: str, scope: str, event: AnyEvent, after: int) -> int:
         data = encode(event)
@@ -243,8 +249,22 @@ class Log:
                 return last[0].seq
             raise
 
-    async def trajectory(self, trajectory_id: str) -> Trajectory | None:
-        """One trajectory folded from its events; None when it was never admitted."""
+    async def trajectory(self, trajectory_id: str, through_seq: int = 0) -> Trajectory | None:
+        """One trajectory folded from its events; None when it was never admitted.
+
+        `through_seq`: what is known to be stored; who answers for a cluster may be behind. Raises Unavailable when it
+        does not come in time.
+        """
+        end = time.monotonic() + _BEHIND_S
+        while True:
+            state = await self._fold(trajectory_id)
+            if (state.seq if state else 0) >= through_seq:
+                return state
+            if time.monotonic() > end:
+                raise Unavailable(trajectory_id, f"the log ends before sequence {through_seq}")
+            await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def _fold(self, trajectory_id: str) -> Trajectory | None:
         state: Trajectory | None = None
         subject = subjects.trajectory(self.run, trajectory_id)
         async for raw in self._reader.read(subject):
@@ -257,7 +277,7 @@ class Log:
 
     async def last_seq(self) -> int:
         """The last sequence of the run; 0 when it has none."""
-        answer = await self._bus.request(f"$JS.API.STREAM.INFO.{subjects.LOG_STREAM}", b"")
+        answer = await self._bus.request(f"{self._bus.api}.STREAM.INFO.{subjects.LOG_STREAM}", b"")
         return int(json.loads(answer.data)["state"]["last_seq"])
 
     async def read(self, subject: str = "", after: int = 0) -> AsyncIterator[Stored]:
@@ -272,7 +292,9 @@ class Log:
         """Everything in the log and then what comes, as StreamReader.follow says."""
         subject = subject or subjects.log(self.run)
         async for found in self._reader.follow(subject, after, poll_s=poll_s, hint=hint):
-            yield [stored for raw in found if (stored := self._stored(raw)) is not None]
+            events = [stored for raw in found if (stored := self._stored(raw)) is not None]
+            if events or not found:  # else it would say that the end was reached
+                yield events
 
     def _stored(self, raw: Raw) -> Stored | None:
         try:

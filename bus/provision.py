@@ -1,7 +1,9 @@
 """Makes the streams, buckets and consumers. Nothing else does, so that no role needs the right to."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 from nats.js.api import (
     AckPolicy,
@@ -12,16 +14,19 @@ from nats.js.api import (
     StorageType,
     StreamConfig,
 )
-from nats.js.errors import APIError, BadRequestError, NotFoundError
+from nats.js.errors import APIError, BadRequestError, NotFoundError, ServiceUnavailableError
 
 from bus.connection import STORE_FULL, Bus
-from bus.errors import Full
+from bus.errors import BusError, Full, Unavailable
 from bus.subjects import LOG_STREAM, WORK_STREAMS, durable, streams, token, work
 
 ACK_WAIT_S = 5.0
 """A message whose holder gives no sign for so long is delivered again; holders give one every third of it."""
 
 _STREAM_NAME_IN_USE = 10058
+_TOO_FEW_SERVERS = frozenset({10005, 10074})
+_NO_JETSTREAM = frozenset({None, 10039, 10076})
+"""Nobody answers, or the server says so, of itself or of the account."""
 
 
 def _stream(name: str, subjects: list[str]) -> StreamConfig:
@@ -42,11 +47,12 @@ def _stream(name: str, subjects: list[str]) -> StreamConfig:
         config.allow_msg_ttl = True
     elif name.startswith("OBJ_"):
         config.allow_rollup_hdrs = True
+        config.allow_msg_ttl = True
     return config
 
 
 async def _make(manager: JetStreamContext, config: StreamConfig) -> None:
-    """Make a stream, or bring it up to date; a limit that is not given stays as it is."""
+    """Make a stream, or bring it up to date; a limit not given stays as it is, and replicas do not get fewer."""
     name = str(config.name)
     try:
         try:
@@ -54,27 +60,61 @@ async def _make(manager: JetStreamContext, config: StreamConfig) -> None:
         except BadRequestError as error:
             if error.err_code != _STREAM_NAME_IN_USE:
                 raise
+            known = (await manager.stream_info(name)).config
             if config.max_bytes is None:
-                config.max_bytes = (await manager.stream_info(name)).config.max_bytes
+                config.max_bytes = known.max_bytes
+            config.num_replicas = max(config.num_replicas or 1, known.num_replicas or 1)
             await manager.update_stream(config)
     except APIError as error:
+        if error.err_code in _TOO_FEW_SERVERS:
+            raise BusError(
+                f"nats.replicas = {config.num_replicas}: the server is no cluster of so many ({error.description}); "
+                "give the URLs of one, `--nats URL,URL,URL`, or set nats.replicas = 1"
+            ) from error
         if error.err_code in STORE_FULL:
             raise Full(name, f"the server cannot set {config.max_bytes} bytes aside") from error
         raise
 
 
 async def provision(
-    bus: Bus, run: str, tools: Sequence[str], *, log_limit_bytes: int | None = None
+    bus: Bus,
+    run: str,
+    tools: Sequence[str],
+    *,
+    log_limit_bytes: int | None = None,
+    replicas: int = 1,
 ) -> None:
     """Make what the deployment and one run of it need; harmless when it is there already.
 
     The limit is that of the log of all runs; without one it stays as it is, at first unlimited.
-    Raises Full when the server has no room for it.
+    `replicas`: how many servers of a cluster hold each stream, at least. Raises Full when the server has no room for
+    the limit, Unavailable, and BusError when there are not so many servers, or none has JetStream.
     """
     token(run, "the run's name")
+    with _translated(bus.url):
+        await _provision(bus, run, tools, log_limit_bytes, replicas)
+
+
+@contextmanager
+def _translated(url: str) -> Iterator[None]:
+    """What the client raises, as one of ours."""
+    try:
+        yield
+    except (NatsError, TimeoutError) as error:
+        if isinstance(error, ServiceUnavailableError) and error.err_code in _NO_JETSTREAM:
+            raise BusError(
+                f"the server at {url} has no JetStream: start it with -js, or as `actors nats-conf` configures it"
+            ) from error
+        raise Unavailable(url, str(error) or repr(error)) from error
+
+
+async def _provision(
+    bus: Bus, run: str, tools: Sequence[str], log_limit_bytes: int | None, replicas: int
+) -> None:
     manager = bus.client.jetstream(timeout=10.0)
     for name, subjects in streams().items():
         config = _stream(name, subjects)
+        config.num_replicas = replicas
         if name == LOG_STREAM:
             config.max_bytes = log_limit_bytes
         await _make(manager, config)
@@ -101,7 +141,12 @@ async def provision(
 
 
 async def delete_consumers(bus: Bus, run: str) -> None:
-    """Delete what `provision` made for a run; the streams are everyone's and stay."""
+    """Delete what `provision` made for a run; the streams are everyone's and stay. Raises BusError."""
+    with _translated(bus.url):
+        await _delete_consumers(bus, run)
+
+
+async def _delete_consumers(bus: Bus, run: str) -> None:
     manager = bus.client.jetstream(timeout=10.0)
     for stage, stream in WORK_STREAMS.items():
         found: list[ConsumerInfo] = []

@@ -15,8 +15,8 @@ _REFUSED_S = 10.0
 
 async def shortage(bus: Bus) -> str:
     """Why nothing new may be begun, with the figure; empty while there is room. Raises Unavailable."""
-    log = json.loads((await bus.request(f"$JS.API.STREAM.INFO.{LOG_STREAM}", b"")).data)
-    account = json.loads((await bus.request("$JS.API.INFO", b"")).data)
+    log = json.loads((await bus.request(f"{bus.api}.STREAM.INFO.{LOG_STREAM}", b"")).data)
+    account = json.loads((await bus.request(f"{bus.api}.INFO", b"")).data)
     for what, used_bytes, limit_bytes in (
         ("the log", log["state"]["bytes"], log["config"]["max_bytes"]),
         ("the server's store", account["storage"], account["limits"]["max_storage"]),

@@ -32,6 +32,9 @@ _UPLOAD_S = 60.0
 """How long an upload is begun again when the server does not confirm it."""
 _AGAIN_S = 0.5
 
+_CLEARED = "KV-Operation"
+"""The header of a message that stands for none; NATS's own."""
+
 _NO_MESSAGE = frozenset({10037, 10043, 10057})
 """The server's codes for a sequence that is not there, or not any more."""
 
@@ -46,12 +49,13 @@ class Value(NamedTuple):
 
 async def _last(bus: Bus, stream: str, subject: str) -> Message | None:
     message = await bus.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"")
-    return None if (message.headers or {}).get("Status") else message
+    headers = message.headers or {}
+    return None if headers.get("Status") or _CLEARED in headers else message
 
 
 async def _ask(bus: Bus, verb: str, stream: str, query: dict[str, Any]) -> dict[str, Any]:
     """What the server answers about a stream; its refusal is in `error`. Raises Unavailable."""
-    answer = await bus.request(f"$JS.API.STREAM.{verb}.{stream}", json.dumps(query).encode())
+    answer = await bus.request(f"{bus.api}.STREAM.{verb}.{stream}", json.dumps(query).encode())
     found: dict[str, Any] = json.loads(answer.data)
     error = found.get("error")
     if error and error.get("err_code") not in _NO_MESSAGE:
@@ -67,6 +71,16 @@ async def purge(bus: Bus, stream: str, subject: str, *, through_seq: int = 0) ->
     return int((await _ask(bus, "PURGE", stream, query)).get("purged", 0))
 
 
+async def clear(bus: Bus, subject: str) -> None:
+    """Delete what a bucket holds on one subject: a message takes its place, and goes by itself a second later.
+
+    For whoever may publish there; `purge` takes the right to manage the stream. Tried once: no wait for room helps what
+    is to make room. Raises Full, Unavailable.
+    """
+    headers = {"Nats-Rollup": "sub", "Nats-TTL": "1s", _CLEARED: "PURGE"}
+    await bus.store(subject, b"", headers, deadline_s=0.0)
+
+
 async def delete_message(bus: Bus, stream: str, seq: int) -> bool:
     """Delete one message; False when it is not there any more."""
     return "error" not in await _ask(bus, "MSG.DELETE", stream, {"seq": seq, "no_erase": True})
@@ -74,9 +88,11 @@ async def delete_message(bus: Bus, stream: str, seq: int) -> bool:
 
 async def messages(bus: Bus, stream: str, subject: str) -> AsyncIterator[Raw]:
     """Everything that a stream holds on a subject now, in order."""
+    bucket = stream.startswith(("KV_", "OBJ_"))
     async with open_reader(bus, stream) as reader:
         async for raw in reader.read(subject):
-            yield raw
+            if raw.data or not bucket:  # else it was cleared
+                yield raw
 
 
 # -- keys ------------------------------------------------------------------------------------------
@@ -116,7 +132,7 @@ async def put(
 
 async def delete(bus: Bus, bucket: str, key: str) -> None:
     """Remove a key and its value."""
-    await purge(bus, f"KV_{bucket}", f"$KV.{bucket}.{key}")
+    await clear(bus, f"$KV.{bucket}.{key}")
 
 
 # -- objects ---------------------------------------------------------------------------------------
@@ -155,8 +171,11 @@ async def _find(bus: Bus, bucket: str, run: str, sha256: str) -> Object | None:
 
 async def _is_whole(bus: Bus, bucket: str, found: Object) -> bool:
     subject = _chunks(bucket, found.upload)
-    state = (await _ask(bus, "INFO", f"OBJ_{bucket}", {"subjects_filter": subject}))["state"]
-    return bool((state.get("subjects") or {}).get(subject, 0) == found.chunks)
+    stream = f"OBJ_{bucket}"
+    state = (await _ask(bus, "INFO", stream, {"subjects_filter": subject}))["state"]
+    whole = (state.get("subjects") or {}).get(subject, 0) == found.chunks
+    # a single message may be the one that has cleared them
+    return whole and (found.chunks != 1 or await _last(bus, stream, subject) is not None)
 
 
 async def put_object(bus: Bus, bucket: str, run: str, data: bytes) -> str:
@@ -252,8 +271,15 @@ async def object_messages(bus: Bus, bucket: str, found: Object) -> AsyncIterator
 
 async def delete_object(bus: Bus, bucket: str, found: Object) -> None:
     """Remove an object: its name first, so that no reader begins on what is going."""
-    await purge(bus, f"OBJ_{bucket}", _meta_subject(bucket, found.run, found.sha256))
-    await purge(bus, f"OBJ_{bucket}", _chunks(bucket, found.upload))
+    await clear(bus, _meta_subject(bucket, found.run, found.sha256))
+    await clear(bus, _chunks(bucket, found.upload))
+
+
+async def purge_object(bus: Bus, bucket: str, found: Object) -> int:
+    """The same, for who manages streams; returns how many messages went."""
+    stream = f"OBJ_{bucket}"
+    named = await purge(bus, stream, _meta_subject(bucket, found.run, found.sha256))
+    return named + await purge(bus, stream, _chunks(bucket, found.upload))
 
 
 async def delete_orphans(bus: Bus, bucket: str, older_s: float) -> int:
@@ -271,7 +297,8 @@ async def delete_orphans(bus: Bus, bucket: str, older_s: float) -> int:
     for subject in uploads.keys() - named:
         last = await _last(bus, stream, subject)
         if last is not None and now_s - raw_message(last).time_s > older_s:
-            deleted += await purge(bus, stream, subject)
+            await clear(bus, subject)
+            deleted += uploads[subject]
     if deleted:
         log.info("orphaned chunks deleted", bucket=bucket, chunks=deleted)
     return deleted

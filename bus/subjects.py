@@ -1,7 +1,7 @@
 """THE TABLE: every subject, its stream, who publishes it and who reads it.
 
-Generated from nothing; streams are generated from it, and so will be each role's permissions. The run is the second
-token of every subject. `*` in a row stands for one token: a trajectory, a kind, a tool, a replica.
+Generated from nothing; streams are generated from it, and each role's permissions (permissions.py). The run is the
+second token of every subject. `*` in a row stands for one token: a trajectory, a kind, a tool, a replica.
 """
 
 import re
@@ -9,7 +9,17 @@ from typing import Literal, NamedTuple
 
 Stage = Literal["gen", "tool", "score"]
 
+KEPT = ("dispatcher", "generator", "toolbox", "scorer", "learner", "recorder", "gateway")
+"""The roles whose replicas a supervisor keeps alive."""
+ROLES = (*KEPT, "shadow", "supervisor", "operator", "analytics", "provision")
+"""Everyone who has a login of its own."""
+
 EVERYONE = ("everyone",)
+"""Of ROLES all but `provision`, which reads nothing."""
+_HEARERS = (*KEPT, "supervisor", "operator")
+"""Each role hears signs of life: who keeps it alive where nothing else is, has its login only."""
+_WEIGHTS = ("generator", "learner", "shadow", "operator")
+_BLOBS = ("toolbox", "generator", "learner", "shadow", "gateway", "dispatcher", "operator")
 
 
 class Row(NamedTuple):
@@ -20,6 +30,8 @@ class Row(NamedTuple):
     """Empty for core messages, which nobody stores."""
     publishes: tuple[str, ...]
     consumes: tuple[str, ...]
+    lists: tuple[str, ...] = ()
+    """Who reads the keys of all runs, too, and not just those that it can name."""
 
 
 TABLE = (
@@ -33,25 +45,58 @@ TABLE = (
     Row("log.*.t.*.failed", "LOG", ("dispatcher",), EVERYONE),
     Row("log.*.t.*.dropped", "LOG", ("dispatcher",), EVERYONE),
     Row("log.*.t.*.finished", "LOG", ("gateway",), EVERYONE),
-    Row("log.*.l.*.*", "LOG", ("learner",), EVERYONE),
-    Row("log.*.r.*", "LOG", ("dispatcher", "supervisor"), EVERYONE),
-    Row("gen.*", "GEN", ("dispatcher", "generator", "toolbox"), ("generator",)),
-    Row("tool.*.*", "TOOL", ("dispatcher", "generator", "toolbox", "gateway"), ("toolbox",)),
-    Row("score.*", "SCORE", ("dispatcher", "generator"), ("scorer",)),
-    Row("$KV.policy.*", "KV_policy", ("learner",), ("generator", "dispatcher")),
-    Row("$O.weights.C.*", "OBJ_weights", ("learner",), ("generator",)),
-    Row("$O.weights.M.*", "OBJ_weights", ("learner",), ("generator",)),
-    Row("$O.blobs.C.*", "OBJ_blobs", ("toolbox",), ("dispatcher", "gateway", "operator")),
-    Row("$O.blobs.M.*", "OBJ_blobs", ("toolbox",), ("dispatcher", "gateway", "operator")),
-    Row("weights.*.ready", "", ("learner",), ("generator", "dispatcher")),
-    Row("$KV.private.*.*", "KV_private", ("dispatcher",), ("scorer",)),
+    Row("log.*.l.*.*", "LOG", ("learner", "shadow"), EVERYONE),  # a shadow: none called `main`
+    Row("log.*.r.opened", "LOG", ("supervisor",), EVERYONE),
+    Row("log.*.r.tooladded", "LOG", ("operator",), EVERYONE),
+    Row("log.*.r.toolremoved", "LOG", ("operator",), EVERYONE),
+    Row("log.*.r.paused", "LOG", ("operator",), EVERYONE),
+    Row("log.*.r.resumed", "LOG", ("operator",), EVERYONE),
+    Row("log.*.r.stopping", "LOG", ("operator",), EVERYONE),
+    Row("log.*.r.ended", "LOG", ("dispatcher",), EVERYONE),
+    Row("log.*.r.archived", "LOG", ("operator",), EVERYONE),
+    Row("gen.*", "GEN", ("dispatcher", "generator", "toolbox", "operator"), ("generator",)),
+    Row(
+        "tool.*.*",
+        "TOOL",
+        ("dispatcher", "generator", "toolbox", "gateway", "operator"),
+        ("toolbox",),
+    ),
+    Row(
+        "score.*",
+        "SCORE",
+        ("dispatcher", "generator", "toolbox", "scorer", "operator"),
+        ("scorer",),
+    ),
+    Row(
+        "$KV.policy.*",
+        "KV_policy",
+        ("learner",),
+        ("generator", "dispatcher", "learner", "shadow", "operator"),
+    ),
+    Row(
+        "$KV.policy.*.*",
+        "KV_policy",
+        ("learner",),
+        ("generator", "learner", "shadow", "operator"),
+        lists=("learner", "operator"),
+    ),
+    Row("$O.weights.C.*", "OBJ_weights", ("learner",), _WEIGHTS),
+    Row("$O.weights.M.*", "OBJ_weights", ("learner",), _WEIGHTS),
+    # the dispatcher: images of tasks; and it takes away what a killed replica has not finished
+    Row("$O.blobs.C.*", "OBJ_blobs", ("toolbox", "dispatcher"), _BLOBS),
+    Row("$O.blobs.M.*", "OBJ_blobs", ("toolbox", "dispatcher"), _BLOBS),
+    Row("weights.*.ready", "", ("learner",), ("generator", "dispatcher", "shadow")),
+    Row("$KV.private.*.*", "KV_private", ("dispatcher",), ("scorer", "operator"), ("operator",)),
     Row("$KV.lease.*.dispatcher", "KV_lease", ("dispatcher",), ("dispatcher",)),
     Row("$KV.lease.*.bookmark", "KV_lease", ("dispatcher",), ("dispatcher",)),
     Row("$KV.lease.*.recorder", "KV_lease", ("recorder",), ("recorder",)),
     Row("$KV.session.*.*.*", "KV_session", ("toolbox",), ("toolbox",)),
     Row("sess.*.*.*", "", ("toolbox",), ("toolbox",)),
-    Row("hb.*.*", "", EVERYONE, ("supervisor", "dispatcher", "gateway", "operator")),
-    Row("dead.*.*", "DEAD", ("generator", "toolbox", "scorer"), ("dispatcher", "operator")),
+    *(Row(f"hb.{role}.*", "", (role,), _HEARERS) for role in (*KEPT, "shadow")),
+    Row("hb.supervisor.*", "", ("supervisor", *KEPT), _HEARERS),
+    Row("dead.gen.*", "DEAD", ("generator",), ("dispatcher", "operator")),
+    Row("dead.tool.*", "DEAD", ("toolbox",), ("dispatcher", "operator")),
+    Row("dead.score.*", "DEAD", ("scorer",), ("dispatcher", "operator")),
 )
 
 WORK_STREAMS: dict[Stage, str] = {"gen": "GEN", "tool": "TOOL", "score": "SCORE"}

@@ -26,6 +26,8 @@ STATE_LIMIT_BYTES = 512 << 10
 
 _PULL_EXPIRES_S = 5.0
 _IDLE_HEARTBEAT_S = 1.0
+_IDLE, _EXPIRED = "100", "408"
+"""What the server says of a request that is well: it waits on, or has waited for as long as it was to."""
 
 
 def work_message(state: Trajectory, failures: int = 0, *, with_state: bool = True) -> bytes:
@@ -125,6 +127,11 @@ class WorkQueue:
             self._released.clear()
             await self._released.wait()
 
+    def forget(self) -> None:
+        """Ask again: what was asked over the link that was lost is answered over no other."""
+        self._asked = 0
+        self._wake.set()
+
     def _release(self, delivery: Delivery) -> None:
         self.held.discard(delivery)
         self._released.set()
@@ -142,12 +149,11 @@ class WorkQueue:
                     await message.nak()
             else:
                 self._arrived.put_nowait(message)
-        elif (
-            status != "100"
-        ):  # 100 is an idle heartbeat; all else ends a request, saying what it owes
+        elif status != _IDLE:  # all else ends a request, saying what it owes
             owed = int(headers.get("Nats-Pending-Messages", self._asked))
             self._asked = max(0, self._asked - owed)
-            self._wake.set()
+            if status == _EXPIRED:  # else it was refused, and would be again at once: see `_pull`
+                self._wake.set()
 
     async def _pull(self) -> None:
         """Ask for as many messages as there are free slots, for ever."""
@@ -196,9 +202,11 @@ async def open_queue(
         asyncio.create_task(queue._pull(), name="pull"),
         asyncio.create_task(queue._keep_alive(), name="keep alive"),
     ]
+    bus.linked.add(queue.forget)
     try:
         yield queue
     finally:
+        bus.linked.discard(queue.forget)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -227,7 +235,7 @@ async def backlog(bus: Bus, run: str, tools: Sequence[str]) -> dict[str, Queue]:
     for stage, tool in stages:
         stream = subjects.WORK_STREAMS[stage]
         name = subjects.durable(run, tool)
-        answer = await bus.request(f"$JS.API.CONSUMER.INFO.{stream}.{name}", b"")
+        answer = await bus.request(f"{bus.api}.CONSUMER.INFO.{stream}.{name}", b"")
         info = json.loads(answer.data)
         if "error" not in info:
             taken = int(info["delivered"]["consumer_seq"])

@@ -13,6 +13,10 @@ slots         the key-value cache and attention over rows of unlike lengths
 llama_family  a faster forward pass for Llama and its relatives
 sampling      logits → tokens, the same draw whatever else is in the batch
 adapters      published adapters and their base as one
+weights       weights as they arrive, checked against the model
+
+vllm_engine   the same for vLLM, which has all of that itself
+vllm_worker   what runs within its processes
 
 scripted      replies from a Python function, tokenised as a model's would be (tests, oracle policies)
 errors        what can go wrong

@@ -174,7 +174,17 @@ class Batch:
             parts.append(Rows(slice(running, running + len(joins)), lengths, join_span))
         wanted_M = np.concatenate([np.arange(running), running + np.cumsum(lengths) - 1])
         wanted = torch.from_numpy(wanted_M.astype(np.int64)).to(self._model.device)
-        return self._model.forward(packed_3N, parts, wanted)
+        return self._model.forward(packed_3N, parts, wanted, self._seen(joins))
+
+    def _seen(self, joins: list[Join]) -> list[torch.Tensor]:
+        """What the joining prompts show at their negative places, as far as these need computing."""
+        seen = []
+        for join in joins:
+            for image in join.turns[0].request.images:
+                computed = sum(place >= join.start for place in image.places)
+                if computed:
+                    seen.append(self._model.features(image)[-computed:])
+        return seen
 
     def _seat(self, turns: list[Turn]) -> None:
         """Give joining turns their rows."""
@@ -217,7 +227,8 @@ class Batch:
         for row, (turn, token, logprob) in enumerate(rows):
             turn.sampled.append(token)
             turn.logprobs.append(logprob)
-            if token in self._ends or (turn.stops and turn.stops.complete(turn.sampled)):
+            stops = turn.stops
+            if token in self._ends or (stops and stops.complete(turn.sampled, turn.begun)):
                 done.append((row, "stop"))
             elif len(turn.sampled) >= turn.limit:
                 done.append((row, "length"))
@@ -257,5 +268,6 @@ class Batch:
         if not turn.request.cache_key or turn.prefill_version != self.policy_version:
             return
         cached = int(self._positions_S[row])  # the last sampled token was not fed
-        ids_T = np.array((turn.request.ids + turn.sampled)[:cached], dtype=np.int64)
+        sampled_N = np.array(turn.sampled, dtype=np.int64)
+        ids_T = np.concatenate([turn.prompt_T, sampled_N])[:cached]
         self._kept.keep(turn.request.cache_key, Prefix(ids_T, self._model.slots.read(row, cached)))

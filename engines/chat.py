@@ -16,12 +16,17 @@ import jinja2
 
 from engines.errors import ChatError
 from engines.tokenizer import open_vocabulary
+from schemas.images import PLACEHOLDER
 from schemas.task import ChatMessage
 
 _ASSISTANT = "zqassistantzq"
 _OBSERVATION = "zqobservationzq"
 _CALLED = "zqcalledzq"
 _PAD = " \n "
+
+
+Content = str | list[str | list[int]]
+"""Of an observation: a text; or texts, with the tokens of images between them."""
 
 
 class _Frame(NamedTuple):
@@ -45,33 +50,45 @@ class Chat:
                 "or set `chat_template` in its tokenizer_config.json"
             )
         self._special = tuple(self._tokenizer.get_added_vocab())
+        self._in_parts = False
+        with contextlib.suppress(ChatError):
+            user = {"role": "user", "content": _OBSERVATION}
+            self._in_parts = _OBSERVATION not in self._render([user], None)
+        """Whether the template reads no texts but lists of parts, as those of models that see images often do."""
         self._frame = lru_cache(maxsize=64)(self._render_frame)
         self._prompt = lru_cache(maxsize=256)(self._prompt_ids)  # a group's members ask for one
 
     def prompt_ids(
         self, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None = None
     ) -> list[int]:
-        """The conversation up to where the assistant begins to speak.
+        """The conversation up to where the assistant begins to speak; of an image as much as the template writes.
 
         `tools`: JSON schemas, for templates that write them. Raises ChatError.
         """
-        return list(self._prompt(tuple(messages), json.dumps(tools) if tools else ""))
+        plain = tuple((each.role, each.content, len(each.images)) for each in messages)
+        return list(self._prompt(plain, json.dumps(tools) if tools else ""))
 
-    def observation_ids(self, texts: Sequence[str], role: str, ended: bool) -> list[int]:
-        """What stands between a sampled turn and the next one: one message for each text.
+    def observation_ids(self, contents: Sequence[Content], role: str, ended: bool) -> list[int]:
+        """What stands between a sampled turn and the next one: one message for each content.
 
         `ended`: the turn's last token is an end-of-turn token; else it is added here. Control tokens spelled out
         in a text stay text. Raises ChatError if the template refuses the role.
         """
-        frame = self._frame(role, len(texts))
-        contents = [self._strip(text, frame) for text in texts]
-        if any(token in content for content in contents for token in self._special):
+        frame = self._frame(role, len(contents))
+        stripped = [self._strip(content, frame) for content in contents]
+        texts = [part for content in stripped for part in content if isinstance(part, str)]
+        images = any(len(content) > 1 for content in stripped)
+        if images or any(token in text for text in texts for token in self._special):
             ids = self._encode(frame.pieces[0])
-            for content, piece in zip(contents, frame.pieces[1:], strict=True):
-                ids += self._encode(content, split_special_tokens=True) + self._encode(piece)
+            for content, piece in zip(stripped, frame.pieces[1:], strict=True):
+                for part in content:
+                    if isinstance(part, str):
+                        part = self._encode(part, split_special_tokens=True)
+                    ids += part
+                ids += self._encode(piece)
         else:
-            pairs = zip(contents, frame.pieces[1:], strict=True)
-            ids = self._encode(frame.pieces[0] + "".join(c + piece for c, piece in pairs))
+            pairs = zip(texts, frame.pieces[1:], strict=True)
+            ids = self._encode(frame.pieces[0] + "".join(text + piece for text, piece in pairs))
         # Tokenised with the end of turn before it, as in a whole conversation, then cut.
         return ids[1:] if ended and ids[0] in self.end_ids else ids
 
@@ -114,17 +131,25 @@ class Chat:
     def _end_texts(self) -> list[str]:
         return [self._tokenizer.decode([end]) for end in self.end_ids]
 
-    def _prompt_ids(self, messages: tuple[ChatMessage, ...], tools: str) -> list[int]:
-        return self._encode(self._render(_plain(messages), json.loads(tools) if tools else None))
+    def _prompt_ids(self, messages: tuple[tuple[str, str, int], ...], tools: str) -> list[int]:
+        """`messages`: roles, contents and how many images they have."""
+        plain = [
+            {"role": role, "content": content, "images": images}
+            for role, content, images in messages
+        ]
+        return self._encode(self._render(plain, json.loads(tools) if tools else None))
 
     def _encode(self, text: str, **how: bool) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, **how)
         return ids
 
     @staticmethod
-    def _strip(text: str, frame: _Frame) -> str:
-        text = text.lstrip() if frame.strips_left else text
-        return text.rstrip() if frame.strips_right else text
+    def _strip(content: Content, frame: _Frame) -> list[str | list[int]]:
+        first, *others = [content] if isinstance(content, str) else content
+        parts = [first.lstrip() if frame.strips_left and isinstance(first, str) else first, *others]
+        if frame.strips_right and isinstance(parts[-1], str):
+            parts[-1] = parts[-1].rstrip()
+        return parts
 
     def _render(
         self,
@@ -133,6 +158,11 @@ class Chat:
         *,
         open_turn: bool = True,
     ) -> str:
+        if self._in_parts:
+            messages = [
+                message | {"content": _parts(message["content"], message.get("images", 0))}
+                for message in messages
+            ]
         try:
             text: str = self._tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=open_turn, tokenize=False
@@ -185,5 +215,10 @@ def _calls(calls: Sequence[tuple[str, dict[str, str]]], as_text: bool) -> list[d
     ]
 
 
-def _plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
+def _parts(content: str, images: int) -> list[dict[str, str]]:
+    """A content as a list of texts and images."""
+    first, *others = content.split(PLACEHOLDER, images)
+    parts = [{"type": "text", "text": first}] if first or not images else []
+    for text in others:
+        parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+    return parts

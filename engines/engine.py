@@ -4,17 +4,23 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from schemas.images import ImageInput
+
 
 class SampleRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One turn to sample."""
 
     ids: list[int]
     """[T] everything so far; never empty."""
+    images: list[ImageInput] = []
+    """What the policy sees at their places among the tokens, in order."""
     max_tokens: int
     temperature: float = 1.0
     """0 takes the likeliest token."""
     stop: tuple[str, ...] = ()
     """Sampling ends with the token that completes one of these; the token is kept."""
+    begun: int = 0
+    """How many of the last `ids` are of this turn, which was cut short: a stop may have begun in them."""
     seed: int = 0
     """Of this turn: the same seed, ids and weights give the same tokens, whatever else is in the batch."""
     cache_key: str = ""

@@ -1,5 +1,6 @@
 """The engine that a recipe asks for."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from engines.engine import Engine
@@ -22,6 +23,19 @@ def open_engine(config: Generator, policy: Policy, folder: Path, recipe_dir: str
             raise EngineError("bad_script", str(error)) from error
         pace = getattr(script, "seconds_per_token", 0.0)
         return ScriptedEngine.open(folder, script, seconds_per_token=pace)
+    if config.engine == "vllm":
+        if find_spec("vllm") is None:
+            raise EngineError("not_installed", "needs vLLM: pip install vllm==0.32.0")
+        from engines.vllm_engine import VllmEngine
+
+        return VllmEngine.open(
+            folder,
+            dtype=policy.dtype,
+            slots=config.slots,
+            threads=config.threads,
+            context=policy.max_tokens,
+            weight_swap=config.weight_swap,
+        )
     from engines.transformers_engine import TransformersEngine
 
     return TransformersEngine.open(

@@ -1,20 +1,27 @@
 """A Hugging Face causal model whose every layer attends through our slots; refuses those that cannot.
 
-Shapes: N tokens of a step, M of them whose logits are wanted, V vocabulary.
+Shapes: N tokens of a step, M of them whose logits are wanted, V vocabulary, I places of images, C hidden width.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as read_safetensors
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 from transformers.cache_utils import DynamicLayer
 
 from engines.errors import EngineError
 from engines.llama_family import LlamaFamily, is_llama_family
 from engines.slots import ATTENTION, Block, Slots, Step
+from schemas.images import SEEING_MODELS, ImageInput, takes_images
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNBOUNDED = 1 << 40
@@ -48,15 +55,22 @@ class PolicyModel:
         """Positions that the model has."""
         self.vocabulary = int(config.vocab_size)
         self._name = type(module).__name__
+        self.sees = module.config.model_type in SEEING_MODELS
+        """Whether it takes images."""
         self._refuse_by_declaration()
         self._adopt()
 
     def forward(
-        self, packed_3N: torch.Tensor, parts: list[Rows], wanted_M: torch.Tensor
+        self,
+        packed_3N: torch.Tensor,
+        parts: list[Rows],
+        wanted_M: torch.Tensor,
+        seen: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
         """Run one step: logits [M, V]. `packed_3N`: token ids, their rows, their positions.
 
-        The tokens of `parts` follow one another; the slots must have room.
+        The tokens of `parts` follow one another; the slots must have room. `seen`: what stands at the places with
+        negative ids, as `features` gives it.
         """
         ids_N, rows_N, positions_N = packed_3N
         blocks, first = [], 0
@@ -67,8 +81,13 @@ class PolicyModel:
         step = Step(self.slots, rows_N * self.slots.positions + positions_N, blocks)
         if self._fast is not None:
             return self._fast.forward(ids_N, positions_N, wanted_M, step)
+        tokens: dict[str, torch.Tensor] = {"input_ids": ids_N.unsqueeze(0)}
+        if seen:
+            embedded_NC = self.module.get_input_embeddings()(ids_N.clamp(min=0))
+            embedded_NC[ids_N < 0] = torch.cat(list(seen))
+            tokens = {"inputs_embeds": embedded_NC.unsqueeze(0)}
         logits_1MV = self.module(
-            input_ids=ids_N.unsqueeze(0),
+            **tokens,
             position_ids=positions_N.unsqueeze(0),
             use_cache=False,
             logits_to_keep=wanted_M,
@@ -79,34 +98,25 @@ class PolicyModel:
         logits_MV: torch.Tensor = logits_1MV[0]
         return logits_MV
 
+    def features(self, image: ImageInput) -> torch.Tensor:
+        """An image as what stands at its places, [I, C]. Raises EngineError (`unsupported_model`)."""
+        pixels = {
+            name: tensor.to(self.device, self.module.dtype if tensor.is_floating_point() else None)
+            for name, tensor in read_safetensors(image.pixels).items()
+        }
+        found = self.module.base_model.get_image_features(**pixels, return_dict=True).pooler_output
+        features_IC = torch.cat(list(found))
+        if len(features_IC) != len(image.places):
+            counts = f"{len(image.places)} tokens, and its vision tower {len(features_IC)}"
+            raise self._unsupported(f"its processor makes {counts} of an image")
+        return features_IC
+
     def take(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copy weights into the live parameters; `tensors` must have passed `match`."""
+        """Copy weights into the live parameters; `tensors` are of `read_weights`."""
         live = self.module.state_dict()
         for name, tensor in tensors.items():
             live[name].copy_(tensor)
         self.has_weights = True
-
-    def match(self, weights: bytes) -> dict[str, torch.Tensor]:
-        """Read a safetensors file's bytes and check names and shapes against the model.
-
-        Of tied weights one name is enough. Raises EngineError (`bad_weights`).
-        """
-        try:
-            tensors: dict[str, torch.Tensor] = read_safetensors(weights)
-        except SafetensorError as error:
-            raise EngineError("bad_weights", f"not a safetensors file: {error}") from error
-        live = self.module.state_dict()
-        given = {live[name].data_ptr() for name in tensors if name in live}
-        for name, tensor in tensors.items():
-            if name not in live:
-                raise EngineError("bad_weights", f"unexpected {name}")
-            if tensor.shape != live[name].shape:
-                shapes = f"{tuple(tensor.shape)} instead of {tuple(live[name].shape)}"
-                raise EngineError("bad_weights", f"{name} is {shapes}")
-        for name, parameter in live.items():
-            if parameter.data_ptr() not in given:
-                raise EngineError("bad_weights", f"missing {name}")
-        return tensors
 
     def _unsupported(self, why: str) -> EngineError:
         return EngineError("unsupported_model", f"{self._name}: {why}")
@@ -145,7 +155,7 @@ class PolicyModel:
         shape = (len(layers), *shapes.pop())
         self.slots = Slots(shape, layers[0].keys.dtype, self.device)
         self._fast = LlamaFamily(self.module) if is_llama_family(self.module) else None
-        self.module.set_attn_implementation(ATTENTION)
+        self.module.set_attn_implementation({"text_config": ATTENTION} if self.sees else ATTENTION)
         self.slots.reserve(2, 6, most_rows=2)
         self._step_probe([turn[:-1] for turn in turns], [0, 0])
         ours_2V = self._step_probe([turn[-1:] for turn in turns], [5, 3])
@@ -185,8 +195,15 @@ def open_model(folder: Path, dtype: str, device: str) -> PolicyModel:
     return PolicyModel(module.to(device), has_weights=has_weights)
 
 
+def _class_of(config: Any) -> Any:
+    sees = hasattr(config, "vision_config") and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    if takes_images(config.model_type, has_vision=sees):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def _read(folder: Path, dtype: str) -> Any:
-    open_class: Any = AutoModelForCausalLM
+    open_class = _class_of(AutoConfig.from_pretrained(folder))
     module, loaded = open_class.from_pretrained(
         folder, dtype=_DTYPES[dtype], output_loading_info=True
     )
@@ -196,6 +213,5 @@ def _read(folder: Path, dtype: str) -> Any:
 
 
 def _make(folder: Path, dtype: str) -> Any:
-    make_class: Any = AutoModelForCausalLM
     config = AutoConfig.from_pretrained(folder)
-    return make_class.from_config(config, dtype=_DTYPES[dtype])
+    return _class_of(config).from_config(config, dtype=_DTYPES[dtype])

@@ -8,7 +8,7 @@ from typing import Self
 from engines.engine import Sample, SampleRequest
 from engines.errors import EngineError, TooLong
 from engines.tokenizer import Vocabulary, open_vocabulary
-from engines.turns import Finish, StopStrings
+from engines.turns import Finish, StopStrings, begun_ids
 
 Script = Callable[[str, int], str]
 """`script(text, seed)`: everything so far, special tokens included → the turn's text, without its end."""
@@ -56,14 +56,12 @@ class ScriptedEngine:
             return self._sample(planned, [self._policy_version] * len(planned), reason)
         versions: list[int] = []
         interrupted = self._interrupted
-        clock = asyncio.get_running_loop().time
-        begun_s = clock()
+        begun_s = asyncio.get_running_loop().time()
         for number in range(1, len(planned) + 1):
-            left_s = (
-                begun_s + number * self._seconds_per_token - clock()
-            )  # lateness does not add up
+            due_s = begun_s + number * self._seconds_per_token  # lateness does not add up
             try:
-                await asyncio.wait_for(interrupted.wait(), left_s)
+                async with asyncio.timeout_at(due_s):
+                    await interrupted.wait()
             except TimeoutError:  # the token's time has passed
                 versions.append(self._policy_version)
             else:
@@ -91,8 +89,9 @@ class ScriptedEngine:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         ids.append(min(self._ends))
         stops = StopStrings(self._tokenizer, request.stop) if request.stop else None
+        begun = begun_ids(request)
         for count in range(1, min(len(ids), request.max_tokens) + 1):
-            if ids[count - 1] in self._ends or (stops and stops.complete(ids[:count])):
+            if ids[count - 1] in self._ends or (stops and stops.complete(ids[:count], begun)):
                 return ids[:count], "stop"
         return ids[: request.max_tokens], "length"
 

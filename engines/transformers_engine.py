@@ -22,6 +22,7 @@ from engines.errors import EngineError, TooLong
 from engines.policy_model import PolicyModel, open_model
 from engines.tokenizer import Vocabulary, open_vocabulary
 from engines.turns import StopStrings, Turn, answer
+from engines.weights import read_weights
 
 _KEPT_BYTES = 512 << 20
 _PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
@@ -119,6 +120,8 @@ class TransformersEngine:
             raise EngineError("bad_request", "a turn needs a token before it and one to sample")
         if max(request.ids) >= self._model.vocabulary or min(request.ids) < 0:
             raise EngineError("bad_request", "a token that the model does not have")
+        if request.images and not self._model.sees:
+            raise EngineError("bad_request", "images for a model that sees none")
         if not self._model.has_weights:
             raise EngineError("no_weights", "the folder has none and none were loaded")
         stops = self._stop_strings(request.stop) if request.stop else None
@@ -134,7 +137,7 @@ class TransformersEngine:
 
     async def load(self, weights: bytes, policy_version: int) -> None:
         """Take new weights; see Engine. Raises EngineError (`bad_weights`) naming what does not fit."""
-        tensors = await asyncio.to_thread(self._model.match, weights)
+        tensors = await asyncio.to_thread(read_weights, weights, self._model.module)
         swap = _Swap(tensors, policy_version)
         self._send(swap)
         await asyncio.wrap_future(swap.done)

@@ -1,6 +1,7 @@
 """A turn while it runs, and the prefixes that are kept between turns."""
 
 import asyncio
+import hashlib
 from collections import OrderedDict
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,11 @@ Finish = Literal["stop", "length", "partial"]
 _HEAD_TOKENS = 16
 
 
+def begun_ids(request: SampleRequest) -> list[int]:
+    """What was sampled of the turn before it was cut short."""
+    return request.ids[len(request.ids) - request.begun :]
+
+
 class StopStrings:
     """Tells when a string is complete, decoding only after a token that could complete one."""
 
@@ -28,16 +34,30 @@ class StopStrings:
         self._tail_tokens = max(len(string.encode()) for string in strings) + 4
         self._could_end: dict[int, bool] = {}
 
-    def complete(self, sampled: list[int]) -> bool:
-        """Whether the last token completes a string; to be asked after each token."""
+    def complete(self, sampled: list[int], begun: list[int]) -> bool:
+        """Whether the last token completes a string; to be asked after each token.
+
+        `begun`: the turn's tokens before those, which a string may reach back into.
+        """
         token = sampled[-1]
         could_end = self._could_end.get(token)
         if could_end is None:
             could_end = self._could_end[token] = self._examine(token)
         if not could_end:
             return False
-        tail = self._decode(sampled[-self._tail_tokens :])
-        return any(string in tail for string in self._strings)
+        most = self._tail_tokens
+        tail = [*begun[-most:], *sampled[-most:]][-most:]
+        text = self._decode(tail)
+        found = [string for string in self._strings if string in text]
+        if not found:
+            return False
+        before = self._decode(tail[:-1])  # what was begun may hold a whole one
+        return any(text.count(string) > before.count(string) for string in found)
+
+    def first_from(self, begun: list[int], sampled: list[int]) -> int | None:
+        """How many tokens it takes to complete a string that began in `begun`, if they do."""
+        lengths = range(1, min(len(sampled), self._tail_tokens) + 1)
+        return next((n for n in lengths if self.complete(sampled[:n], begun)), None)
 
     def _examine(self, token: int) -> bool:
         piece = self._decode([token])
@@ -69,10 +89,14 @@ class Turn:
         self.future = future
         """Belongs to its loop's thread; `answer` is the way there."""
         self.prompt_T = np.array(request.ids, dtype=np.int64)
+        """Where an image stands, a negative number of its own: equal prompts show equal images."""
+        for image in request.images:
+            self.prompt_T[image.places] = _name(image.pixels)
         self.head = self.prompt_T[:_HEAD_TOKENS].tobytes()
         """Turns with unlike heads share nothing that is worth sharing."""
         self.limit = limit
         self.stops = stops
+        self.begun = begun_ids(request)
         self.abandoned = False
         """The caller has gone away."""
         self.sampled: list[int] = []
@@ -94,6 +118,11 @@ class Turn:
             versions=self._versions,
             finish_reason=reason,
         )
+
+
+def _name(pixels: bytes) -> int:
+    """A negative number that no other image has."""
+    return -1 - int.from_bytes(hashlib.sha256(pixels).digest()[:7], "little")
 
 
 def answer(turns: list[Turn]) -> None:

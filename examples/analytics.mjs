@@ -5,11 +5,15 @@ import { readFileSync } from "node:fs";
 import { basename } from "node:path";
 import { setTimeout } from "node:timers/promises";
 import { decode } from "@msgpack/msgpack";
-import { connect } from "@nats-io/transport-node";
+import { connect, nkeyAuthenticator } from "@nats-io/transport-node";
 
 const folder = process.argv[2];
-const server = JSON.parse(readFileSync(`${folder}/endpoint.json`)).endpoint;
-const client = await connect({ servers: server.url, user: server.user, pass: server.password });
+const login = JSON.parse(readFileSync(`${folder}/endpoint.json`)).logins.by_role.analytics; // may read the log only
+const client = await connect({
+  servers: login.url,
+  authenticator: nkeyAuthenticator(new TextEncoder().encode(login.seed)),
+  inboxPrefix: "_INBOX.analytics",
+});
 let [kind, seq, minute, rewards, calls] = ["", 0, "", [], 0];
 while (kind !== "ended") {
   const query = { seq: seq + 1, next_by_subj: `log.${basename(folder)}.>` };
@@ -18,8 +22,8 @@ while (kind !== "ended") {
     await setTimeout(500);
     continue;
   }
-  seq = Number(message.headers.get("Nats-Sequence"));
-  const now = message.headers.get("Nats-Time-Stamp").slice(0, 16);
+  seq = Number(message.headers.last("Nats-Sequence"));
+  const now = message.headers.last("Nats-Time-Stamp").slice(0, 16);
   const event = decode(message.data, { useBigInt64: true }); // seeds have 63 bits
   kind = event.kind;
   if (minute && (now !== minute || kind === "ended")) {

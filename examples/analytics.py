@@ -1,7 +1,8 @@
 """Mean reward and tool calls of a live run, minute by minute from its start: `python analytics.py runs/NAME`.
 
-Needs nats-py and msgpack, and none of our packages: the log is the interface. Its messages are msgpack with a `kind`,
-on `log.<run>.t.<trajectory>.<kind>`; they are got one after another, without a consumer, so the run does not notice.
+Needs nats-py[nkeys] and msgpack, and none of our packages: the log is the interface. Its messages are msgpack with a
+`kind`, on `log.<run>.t.<trajectory>.<kind>`; they are got one after another, without a consumer, so the run does not
+notice.
 """
 
 import asyncio
@@ -15,8 +16,11 @@ import nats
 
 async def main(folder: Path) -> None:
     """Follow the log until the run's end."""
-    server = json.loads((folder / "endpoint.json").read_bytes())["endpoint"]
-    client = await nats.connect(server["url"], user=server["user"], password=server["password"])
+    logins = json.loads((folder / "endpoint.json").read_bytes())["logins"]["by_role"]
+    login = logins["analytics"]  # may read the log, and nothing else
+    client = await nats.connect(
+        login["url"], nkeys_seed_str=login["seed"], inbox_prefix="_INBOX.analytics"
+    )
     kind, seq, minute, rewards, calls = "", 0, "", [], 0
     while kind != "ended":
         query = json.dumps({"seq": seq + 1, "next_by_subj": f"log.{folder.name}.>"}).encode()

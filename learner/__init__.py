@@ -6,6 +6,7 @@ Read in the order of the data:
     groups.py         which groups are trained
     pack.py           samples as the rows of a few micro-batches; a group's prompt is computed once
     attention.py      each token sees its own past, and no neighbour in the row
+    images.py         what stands at the places of images
     logprobs.py       what the policy says of the sampled tokens now
     advantages.py     how much better a member was than its group
     credit.py         which turn earned it

@@ -126,5 +126,7 @@ AttentionInterface.register(NAME, packed_attention)
 
 def use_packed_attention(model: Any) -> None:
     """Let the model's layers take `segments`; called as often as one likes."""
-    if model.config._attn_implementation != NAME:
-        model.set_attn_implementation(NAME)
+    text = model.config.get_text_config()
+    if text._attn_implementation != NAME:
+        # a vision tower keeps its own
+        model.set_attn_implementation(NAME if text is model.config else {"text_config": NAME})

@@ -8,6 +8,7 @@ order of the samples.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch
 from learner import advantages, credit
 from learner.losses import kl
 from learner.samples import FloatArray, Sample
-from schemas import recipe
+from schemas import algorithm, recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -135,7 +136,7 @@ class _Shaped:
                 first, index = first + sample.sampled_count, index + 1
 
 
-def _advantages(shaped: _Shaped, plan: recipe.Advantage) -> FloatArray:
+def _advantages(shaped: _Shaped, plan: algorithm.Advantage) -> FloatArray:
     """The estimator that the recipe names, by token."""
     if plan.estimator == "none":
         return np.zeros(len(shaped.penalties_N), np.float32)
@@ -150,7 +151,7 @@ def _advantages(shaped: _Shaped, plan: recipe.Advantage) -> FloatArray:
     return advantages_N
 
 
-def _by_token(shaped: _Shaped, plan: recipe.Advantage) -> FloatArray:
+def _by_token(shaped: _Shaped, plan: algorithm.Advantage) -> FloatArray:
     """The reward at the last token, less each token's penalty, as returns; above the values where there are any.
 
     REINFORCE++ (arXiv:2501.03262) is gae with values of 0, a discount of 1 and a trace of 1.
@@ -184,7 +185,7 @@ def _turn_rewards(sample: Sample, reward: float) -> FloatArray:
     return rewards_U
 
 
-def _by_group(shaped: _Shaped, plan: recipe.Advantage) -> FloatArray:
+def _by_group(shaped: _Shaped, plan: algorithm.Advantage) -> FloatArray:
     """Estimators that compare the members of a group."""
     found, first = [], 0
     penalised_B = np.array(
@@ -207,7 +208,7 @@ def _by_group(shaped: _Shaped, plan: recipe.Advantage) -> FloatArray:
     return np.concatenate(found)
 
 
-def _estimator(plan: recipe.Advantage, rewards_B: FloatArray) -> credit.Estimator:
+def _estimator(plan: algorithm.Advantage, rewards_B: FloatArray) -> credit.Estimator:
     def estimate(rewards_G: FloatArray, lengths_G: FloatArray) -> FloatArray:
         if plan.estimator == "rloo":
             advantages_G = advantages.rloo(rewards_G)
@@ -225,7 +226,7 @@ def _estimator(plan: recipe.Advantage, rewards_B: FloatArray) -> credit.Estimato
 def _by_turn(
     members: Sequence[Sample],
     rewards_G: FloatArray,
-    plan: recipe.Advantage,
+    plan: algorithm.Advantage,
     estimator: credit.Estimator,
 ) -> list[FloatArray]:
     """By turn of each member, as `plan.credit` says."""
@@ -246,8 +247,10 @@ def _by_turn(
 
 
 def _states(sample: Sample) -> Iterator[bytes]:
-    """What was given before each turn."""
+    """What was given before each turn: its tokens, and what the images among them show."""
     before = 0
     for first, end in sample.turn_spans:
-        yield sample.ids_T[before:first].tobytes()
+        seen = [image.pixels for image in sample.images if before <= image.places[0] < first]
+        hashes = [sha256(pixels).digest() for pixels in seen]
+        yield b"".join([sample.ids_T[before:first].tobytes(), *hashes])
         before = end

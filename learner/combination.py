@@ -74,7 +74,10 @@ def _unread(learner: Learner) -> Iterator[Contradiction]:
         "correction.sequence_max": (plan.sequence != "none", "sequence geometric or product"),
         "kl.reference": (kl, "kl.coefficient above 0"),
         "kl.place": (kl, "kl.coefficient above 0"),
-        "kl.weighted": (kl and learner.kl.place == "loss", 'kl.coefficient, and place = "loss"'),
+        "kl.weighted": (
+            (kl and learner.kl.place == "loss") or learner.kl.behaviour_coefficient > 0,
+            'kl.coefficient with place = "loss", or kl.behaviour_coefficient',
+        ),
         "kl.estimator": (
             kl or learner.kl.behaviour_coefficient > 0,
             "kl.coefficient or kl.behaviour_coefficient above 0",
@@ -194,14 +197,14 @@ def formula(recipe: Recipe) -> str:
     """The loss as one line, e.g. `loss = mean over tokens of -min(rho A, clip(rho, 0.8, 1.28) A) …`."""
     learner = recipe.learner
     terms = [_surrogate(learner) + _masks(learner)]
+    weight = "(learner / engine) " if learner.kl.weighted else ""
     if learner.kl.coefficient and learner.kl.place == "loss":
-        weight = "(learner / engine) " if learner.kl.weighted else ""
         terms.append(
             f"+ {learner.kl.coefficient:g} {weight}{learner.kl.estimator}(policy || {_reference(learner)})"
         )
     if learner.kl.behaviour_coefficient:
         terms.append(
-            f"+ {learner.kl.behaviour_coefficient:g} {learner.kl.estimator}(policy || engine)"
+            f"+ {learner.kl.behaviour_coefficient:g} {weight}{learner.kl.estimator}(policy || engine)"
         )
     if learner.loss.entropy:
         terms.append(f"- {learner.loss.entropy:g} entropy")

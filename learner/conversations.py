@@ -20,6 +20,7 @@ import numpy as np
 
 from learner.errors import BadConversation
 from learner.samples import BoolArray, IntArray
+from schemas.images import ImageInput
 from schemas.task import ChatMessage
 
 
@@ -45,6 +46,7 @@ class Conversation:
     ids_T: IntArray
     mask_T: BoolArray
     """True where the token is the assistant's own."""
+    images: tuple[ImageInput, ...] = ()
 
 
 class Segmenter:
@@ -69,8 +71,11 @@ class Segmenter:
     def conversation(self, messages: Sequence[ChatMessage]) -> Conversation:
         """Tokenise a demonstration.
 
-        Raises BadConversation unless assistant messages come after a prompt, one at a time, and one of them last.
+        Raises BadConversation unless assistant messages come after a prompt, one at a time, and one of them last; and
+        for images, which nobody has stored.
         """
+        if any(message.images for message in messages):
+            raise BadConversation("a demonstration shows no images")
         turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
         if not turns or turns[0] == 0 or turns[-1] != len(messages) - 1:
             roles = ", ".join(message.role for message in messages)

@@ -28,13 +28,13 @@ import msgspec
 import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from learner import orders
 from learner.conversations import Conversation
 from learner.errors import LearnerError, NotFinite
 from learner.logprobs import TokenLogprobs, sampled_logprobs
-from learner.models import load_frozen, load_model, once
+from learner.models import class_of, load_frozen, load_model, once
 from learner.pack import Masked, MicroBatch, pack
 from learner.policy import VALUE_HEAD, Policy
 from learner.ranks import Ranks
@@ -56,6 +56,15 @@ def _empty() -> MicroBatch:
 
 
 _EMPTY = _empty()
+
+
+def _seeing(batch: MicroBatch, together: Sequence[MicroBatch]) -> MicroBatch:
+    """A micro-batch that computes as many images as any of those that other ranks compute at the same time.
+
+    Else their exchanges in the vision tower would not meet.
+    """
+    most = max(together, key=lambda each: len(each.pixels)).pixels
+    return replace(batch, unseen=most[len(batch.pixels) :])
 
 
 def settings(learner: Learner, width: int, device: torch.device) -> dict[str, Any]:
@@ -161,7 +170,11 @@ class DeepSpeedPolicy(Policy):
         batches = pack(groups, min(limit, int(_SLACK * places / (count * passes)) + 1))
         batches.sort(key=lambda batch: -len(batch.ids_P))
         batches += [_EMPTY] * (-len(batches) % count)
-        return batches[self._ranks.rank :: count]
+        own = batches[self._ranks.rank :: count]
+        return [
+            _seeing(batch, batches[first : first + count])
+            for batch, first in zip(own, range(0, len(batches), count), strict=True)
+        ]
 
     def _summed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return self._ranks.summed(tensors)
@@ -364,12 +377,10 @@ class DeepSpeedPolicy(Policy):
 
 
 def blank_model(config_json: str) -> Any:
-    """A float32 causal model by its configuration, on the CPU; its weights are nobody's."""
+    """A float32 model by its configuration, on the CPU; its weights are nobody's."""
     plan = msgspec.json.decode(config_json)
     config = AutoConfig.for_model(plan.pop("model_type"), **plan)
-    return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        config, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    return class_of(config).from_config(config, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def follow(ranks: Ranks) -> NoReturn:

@@ -11,8 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from learner.attention import Segments, use_packed_attention
 from learner.errors import UnsupportedModel
+from learner.images import with_images
 from learner.pack import MicroBatch, pack
 from learner.samples import BoolArray, IntArray
+from schemas.images import ImageInput
 
 _CHUNK_LOGITS = 1 << 26
 """Logits (C * V) that exist at once, 256 MiB in float32; a quarter of it costs the head a third more time."""
@@ -83,8 +85,11 @@ def hidden_states(model: Any, batch: MicroBatch, dtype: torch.dtype) -> torch.Te
     ids_P, positions_P = (
         torch.from_numpy(array).to(model.device) for array in (batch.ids_P, batch.positions_P)
     )
+    tokens = {"input_ids": ids_P.unsqueeze(0)}
+    if batch.pixels or batch.unseen:
+        tokens = {"inputs_embeds": with_images(model, ids_P, batch).unsqueeze(0)}
     output = model.base_model(
-        input_ids=ids_P.unsqueeze(0),
+        **tokens,
         position_ids=positions_P.unsqueeze(0),
         segments=Segments.of(batch, dtype, model.device),
         use_cache=False,
@@ -155,6 +160,7 @@ class _Softmax(torch.autograd.Function):
 class _Probe(NamedTuple):
     ids_T: IntArray
     mask_T: BoolArray
+    images: tuple[ImageInput, ...] = ()
 
 
 @torch.no_grad()

@@ -138,13 +138,16 @@ def kl(log_ratio_K: torch.Tensor, estimator: Literal["k1", "k2", "k3"]) -> torch
     return limited_K.exp() - 1.0 - limited_K
 
 
-def weighted_kl(kl_K: torch.Tensor, log_ratio_K: torch.Tensor) -> torch.Tensor:
+def weighted_kl(
+    kl_K: torch.Tensor, log_ratio_K: torch.Tensor, estimator: Literal["k1", "k2", "k3"]
+) -> torch.Tensor:
     """rho * k of each token: DeepSeek-V3.2, arXiv:2512.02556, section 3.1.
 
-    The weight corrects for the policy that sampled the token, and its own gradient is what k3 lacks to have the
-    divergence's.
+    The weight corrects for the policy that sampled the token. Its own gradient is what k3 lacks to have the
+    divergence's; k2 has that already, so there the weight has none.
     """
-    return log_ratio_K.exp() * kl_K
+    ratio_K = (log_ratio_K.detach() if estimator == "k2" else log_ratio_K).exp()
+    return ratio_K * kl_K
 
 
 def clip_cov(

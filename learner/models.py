@@ -11,10 +11,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
-from transformers import AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.errors import UnsupportedModel
+from schemas.images import takes_images
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -22,7 +28,8 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpac
 def load_model(folder: Path) -> Any:
     """A Hugging Face folder's causal model in float32, on the CPU. Raises UnsupportedModel."""
     try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        opened: Any = class_of(config).from_pretrained(
             folder,
             dtype=torch.float32,
             attn_implementation="sdpa",
@@ -35,6 +42,14 @@ def load_model(folder: Path) -> Any:
     if loaded["missing_keys"]:  # transformers would make them up
         raise UnsupportedModel(str(folder), f"no weights for {min(loaded['missing_keys'])}")
     return model
+
+
+def class_of(config: Any) -> Any:
+    """The class of transformers that makes the model of a configuration. Raises ValueError."""
+    sees = hasattr(config, "vision_config") and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    if takes_images(config.model_type, has_vision=sees):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def load_frozen(folder: Path, like: Any) -> Any:

@@ -101,6 +101,7 @@ class Objective:
         sums = {"entropy": now.entropies_K.detach().sum()}
         if config.kl.behaviour_coefficient:
             behaviour_kl_K = losses.kl(micro.behaviour_K - now.logprobs_K, config.kl.estimator)
+            behaviour_kl_K = self._weighted(behaviour_kl_K, micro, kept_K)
             loss_K = loss_K + config.kl.behaviour_coefficient * torch.where(
                 kept_K, behaviour_kl_K, 0.0
             )
@@ -109,10 +110,7 @@ class Objective:
             kl_K = losses.kl(reference_K - now.logprobs_K, config.kl.estimator)
             sums["kl_reference"] = kl_K.detach().sum()
             if config.kl.place == "loss":
-                if config.kl.weighted:
-                    log_weight_K = torch.where(kept_K, now.logprobs_K - micro.behaviour_K, 0.0)
-                    kl_K = torch.where(kept_K, losses.weighted_kl(kl_K, log_weight_K), 0.0)
-                loss_K = loss_K + config.kl.coefficient * kl_K
+                loss_K = loss_K + config.kl.coefficient * self._weighted(kl_K, micro, kept_K)
         if config.loss.entropy:
             loss_K = loss_K - config.loss.entropy * now.entropies_K
         if values_K is not None and self._tokens.returns_N is not None:
@@ -199,6 +197,15 @@ class Objective:
         if plan.token == "mask" or plan.proximal != "behaviour":
             return found._replace(loss_K=micro.gap_K.exp() * found.loss_K)
         return found
+
+    def _weighted(self, kl_K: torch.Tensor, micro: _Micro, kept_K: torch.Tensor) -> torch.Tensor:
+        """A divergence in the loss: the engine sampled its tokens."""
+        plan = self._config.kl
+        if not plan.weighted:
+            return kl_K
+        # masked before the exponential, as above
+        log_weight_K = torch.where(kept_K, micro.now.logprobs_K - micro.behaviour_K, 0.0)
+        return torch.where(kept_K, losses.weighted_kl(kl_K, log_weight_K, plan.estimator), 0.0)
 
     # -- what is measured --------------------------------------------------------------------------
 

@@ -1,8 +1,12 @@
 """What rank 0 of a learner tells the others: each is a method of Policy that all ranks carry out together.
 
-They travel as msgpack; an array is its bytes, little-endian, of the dtype that its field names.
+They travel as msgpack; an array is its bytes, little-endian, of the dtype that its field names. A step's images travel
+once each, however many trajectories saw them.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -33,6 +37,8 @@ class Train(Order, frozen=True):
 
     groups: list[list[Sample]]
     step: int
+    pixels: dict[bytes, bytes] = {}
+    """Only on the way: by their SHA-256, which stands in their place in the groups."""
 
 
 class Teach(Order, frozen=True):
@@ -76,13 +82,43 @@ AnyOrder = Open | Train | Teach | Restart | Hold | GatherState | GatherMoments |
 
 def encode(order: AnyOrder) -> bytes:
     """As it travels."""
+    if isinstance(order, Train):
+        pixels: dict[bytes, bytes] = {}
+
+        def put_aside(image: bytes) -> bytes:
+            name = sha256(image).digest()
+            pixels[name] = image
+            return name
+
+        order = Train(groups=_exchanged(order.groups, put_aside), step=order.step, pixels=pixels)
     return msgspec.msgpack.encode(order, enc_hook=_bytes)
 
 
 def decode(data: bytes) -> AnyOrder:
     """As it was said."""
     order: AnyOrder = _DECODER.decode(data)
+    if isinstance(order, Train):
+        order = Train(groups=_exchanged(order.groups, order.pixels.__getitem__), step=order.step)
     return order
+
+
+def _exchanged(
+    groups: list[list[Sample]], exchange: Callable[[bytes], bytes]
+) -> list[list[Sample]]:
+    """The same with something else for the pixels of each image."""
+    return [
+        [
+            replace(
+                sample,
+                images=tuple(
+                    msgspec.structs.replace(image, pixels=exchange(image.pixels))
+                    for image in sample.images
+                ),
+            )
+            for sample in group
+        ]
+        for group in groups
+    ]
 
 
 def _bytes(array: np.ndarray[Any, Any]) -> bytes:

@@ -13,18 +13,19 @@ Prompts and tails are cut into segments, attention is computed by segment (learn
 of the model sees one row of tokens. Everything is a pure function of the samples and their order.
 
 Shapes: T tokens of a sample, P places of a row, S segments of it, J places seen by its segments, one after another, K
-sampled tokens of a micro-batch, N of the whole batch.
+sampled tokens of a micro-batch, N of the whole batch, I places of a micro-batch at which images stand.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from learner.samples import BoolArray, IntArray, prompt_length
+from schemas.images import ImageInput
 
 LongArray = NDArray[np.int64]
 
@@ -36,6 +37,8 @@ class Masked(Protocol):
     def ids_T(self) -> IntArray: ...
     @property
     def mask_T(self) -> BoolArray: ...
+    @property
+    def images(self) -> tuple[ImageInput, ...]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +59,12 @@ class MicroBatch:
     """The sampled tokens."""
     tokens_K: LongArray
     """Their indices among the N sampled tokens of the batch, which are in the order of the samples."""
+    pixels: tuple[bytes, ...] = ()
+    """Of the images, in the order of their places."""
+    images_I: LongArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """The places at which they stand."""
+    unseen: tuple[bytes, ...] = ()
+    """Pixels of images that stand nowhere: they are computed for the sake of other ranks, whose images are more."""
 
 
 class _Tail(NamedTuple):
@@ -121,7 +130,7 @@ def _trees(tails: list[_Tail], microbatch_tokens: int) -> list[_Tree]:
 
 
 def _common_prompt(members: Sequence[Masked]) -> int:
-    """How many given tokens all members begin with; 0 for one member, which shares with nobody."""
+    """How many given tokens, with their images, all members begin with; 0 for one member, which shares with nobody."""
     if len(members) == 1:
         return 0
     first = members[0]
@@ -129,6 +138,10 @@ def _common_prompt(members: Sequence[Masked]) -> int:
     for member in members[1:]:
         differs = first.ids_T[:shared] != member.ids_T[:shared]
         shared = int(differs.argmax()) if differs.any() else shared
+    for image in first.images:
+        whole = image.places[-1] < shared
+        if not whole or any(image not in member.images for member in members[1:]):
+            return min(shared, image.places[0])
     return shared
 
 
@@ -137,20 +150,26 @@ class _Row:
 
     def __init__(self) -> None:
         self._parts: defaultdict[str, list[Any]] = defaultdict(list)
+        self._pixels: list[bytes] = []
         self.places = 0
 
     def add(self, tree: _Tree) -> None:
         """The prompt, if there is one, and each tail, if anything of it is an input."""
-        prefix = self._segment(tree.tails[0].member.ids_T[: tree.prefix], np.arange(0))
+        prefix = self._segment(tree.tails[0].member, tree.prefix, np.arange(0))
         for tail in tree.tails:
-            own = self._segment(tail.member.ids_T[tree.prefix : tail.inputs], prefix)
+            own = self._segment(tail.member, tail.inputs, prefix)
             sampled = np.flatnonzero(tail.member.mask_T)
             self._parts["sources_K"].append(np.concatenate([prefix, own])[sampled - 1])
             self._parts["targets_K"].append(tail.member.ids_T[sampled])
             self._parts["tokens_K"].append(tail.first_token + np.arange(len(sampled)))
 
-    def _segment(self, ids: IntArray, before: LongArray) -> LongArray:
-        """Give the tokens places, from which they and the places `before` are seen; returns the former."""
+    def _segment(self, member: Masked, end: int, before: LongArray) -> LongArray:
+        """Give a member's tokens up to `end` places, but for those that have the places `before`; returns these.
+
+        From them they and the places before are seen.
+        """
+        first = len(before)
+        ids = member.ids_T[first:end]
         own = np.arange(self.places, self.places + len(ids))
         self.places += len(own)
         if len(own):
@@ -159,9 +178,15 @@ class _Row:
             self._parts["lengths_S"].append([len(own)])
             self._parts["seen_lengths_S"].append([len(before) + len(own)])
             self._parts["seen_J"].append(np.concatenate([before, own]))
+        for image in member.images:
+            if first <= image.places[0] < end:
+                self._pixels.append(image.pixels)
+                self._parts["images_I"].append(own[np.array(image.places) - first])
         return own
 
     def micro_batch(self) -> MicroBatch:
         return MicroBatch(
-            **{name: np.concatenate(part).astype(np.int64) for name, part in self._parts.items()}
+            **{name: np.concatenate(part).astype(np.int64) for name, part in self._parts.items()},
+            pixels=tuple(self._pixels),
+            unseen=(),
         )

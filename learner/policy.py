@@ -332,12 +332,8 @@ class Policy:
 
     # -- checkpoints -------------------------------------------------------------------------------
 
-    def save_checkpoint(self, path: Path, step: int) -> None:
-        """Write everything that the next step depends on, whole or not at all."""
-        write_folder(path, self.checkpoint_files(step))
-
     def load_checkpoint(self, path: Path) -> int:
-        """Become what `save_checkpoint` saw; returns its step. Raises BadCheckpoint before anything is changed."""
+        """Become what `checkpoint_files` saw; returns its step. Raises BadCheckpoint before anything is changed."""
         value_head = self.value_head.state_dict() if self.value_head else {}
         trained = [name for name, _ in self._trained()]
         saved = Fit(self._state(), trained, value_head, self._base_sha256).read(path)
@@ -362,7 +358,7 @@ class Policy:
                 }
 
     def checkpoint_files(self, step: int) -> Iterator[tuple[str, bytes]]:
-        """What `save_checkpoint` writes; made one by one, from the policy as it is then."""
+        """Everything that the next step depends on; made one by one, from the policy as it is then."""
         yield weights_file(self._base_sha256), to_safetensors(self._state(), {"format": "pt"})
         yield "optimizer.safetensors", to_safetensors(self._moments())
         if self.value_head:

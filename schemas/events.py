@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from schemas.images import StoredImage
 from schemas.recipe import OptionTable, Recipe
 from schemas.task import PublicPart
 from schemas.tokens import Tokens
@@ -94,7 +95,8 @@ class Turn(TrajectoryEvent, frozen=True, kw_only=True):
     feedback: str = ""
     """What the policy is told instead of a result, when its calls could not be read."""
     finish_reason: Literal["stop", "length", "partial"] = "stop"
-    """`partial`: cut by a drain or a weight policy; another replica goes on from here."""
+    """`length`: at a limit of tokens, or it would have gone on and had no turn left; `partial`: cut by a drain or a
+    weight policy, and another replica goes on from here."""
     last: bool = False
     """Nothing follows but the score."""
 
@@ -104,18 +106,6 @@ class Started(TrajectoryEvent, frozen=True, kw_only=True):
 
     turn: int
     call: int
-
-
-class StoredImage(msgspec.Struct, frozen=True, kw_only=True):
-    """An image of an observation; its bytes are in the run's blobs, under their hash."""
-
-    sha256: str
-    media_type: str
-    """`image/png`, …"""
-    size_bytes: int
-    width: int = 0
-    height: int = 0
-    """In pixels; 0 when its header does not say."""
 
 
 class Result(TrajectoryEvent, frozen=True, kw_only=True):
@@ -347,13 +337,13 @@ OWNERS: dict[type[Event], str] = {
     Step: "learner",
     Stepped: "learner",
     Opened: "supervisor",
-    ToolAdded: "supervisor",
-    ToolRemoved: "supervisor",
-    Paused: "supervisor",
-    Resumed: "supervisor",
-    Stopping: "supervisor",
+    ToolAdded: "operator",
+    ToolRemoved: "operator",
+    Paused: "operator",
+    Resumed: "operator",
+    Stopping: "operator",
     Ended: "dispatcher",
-    Archived: "supervisor",
+    Archived: "operator",
 }
 """The role that may append each kind."""
 

@@ -140,6 +140,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     rss_bytes: int = 0
     stalls: list[Stall] = []
     """What the acting dispatcher, or a supervisor, sees stand still."""
+    metrics: str = ""
+    """Where it answers Prometheus, as host:port."""
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):

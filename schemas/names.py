@@ -30,7 +30,9 @@ def find(
         close = difflib.get_close_matches(name, known)
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
         named = known and ":" not in name
-        raise UnknownName(f"{name!r}: {hint if named else 'it is not `module:function`'}")
+        raise UnknownName(
+            f"{name!r}: {hint if named else 'it is not `module:function` of a file beside the recipe'}"
+        )
     module, _, attribute = place.partition(":")
     if recipe_dir and recipe_dir not in sys.path:
         sys.path.append(recipe_dir)

@@ -6,26 +6,24 @@ import path and in the recipe's own folder.
 
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
-Positive = Annotated[int, Meta(ge=1)]
-NonNegative = Annotated[int, Meta(ge=0)]
-Seconds = Annotated[float, Meta(gt=0)]
-Fraction = Annotated[float, Meta(ge=0, le=1)]
-NonNegativeFloat = Annotated[float, Meta(ge=0)]
-
+from schemas.algorithm import Advantage, Correction, Filter, Kl, Loss, Teacher
+from schemas.section import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    Seconds,
+    Section,
+)
 
 _Value = bool | int | float | str | list[bool | int | float | str]
 OptionTable = dict[str, _Value | dict[str, _Value | dict[str, _Value | dict[str, _Value]]]]
 """What TOML can say of one tool."""
 
 
-class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The base of every table of a recipe."""
-
-
-class Policy(_Section, frozen=True):
+class Policy(Section, frozen=True):
     """The model that learns, and how a conversation with it is shaped."""
 
     model: str
@@ -41,13 +39,13 @@ class Policy(_Section, frozen=True):
     """The chat role in which the policy sees a tool's result."""
 
 
-class Sampling(_Section, frozen=True):
+class Sampling(Section, frozen=True):
     """How training trajectories are sampled; evaluation has its own temperature."""
 
     temperature: Annotated[float, Meta(gt=0)] = 1.0
 
 
-class Data(_Section, frozen=True):
+class Data(Section, frozen=True):
     """The tasks: a file, or a function that makes them."""
 
     path: str = ""
@@ -58,7 +56,7 @@ class Data(_Section, frozen=True):
     """Another order each epoch, from the run's seed. For `path` only."""
 
 
-class RemoteTool(_Section, frozen=True):
+class RemoteTool(Section, frozen=True):
     """A tool that workers of its own serve, in any language (docs/wire.md): all that is known of it here."""
 
     description: str
@@ -67,7 +65,7 @@ class RemoteTool(_Section, frozen=True):
     """A JSON schema of its arguments, as JSON text."""
 
 
-class Tools(_Section, frozen=True):
+class Tools(Section, frozen=True):
     """What the policy may call, and how it writes a call."""
 
     use: list[str] = []
@@ -92,7 +90,8 @@ class Tools(_Section, frozen=True):
     keep: Literal["auto", "head", "tail", "both"] = "auto"
     """Which side of it stays; `auto`: the tool says, and most keep both."""
     options: dict[str, OptionTable] = {}
-    """Tool name to its own options; each may also have `timeout_s`, `observation_chars` and `keep` of its own."""
+    """Tool name to its own options; each may also have `timeout_s`, `observation_chars`, `keep` and `imports` of its
+    own."""
     remote: dict[str, RemoteTool] = {}
     """By name: tools that are served elsewhere. The policy is shown them after those of `use`."""
 
@@ -102,7 +101,7 @@ class Tools(_Section, frozen=True):
         return [*(name.rpartition(":")[2] for name in self.use), *self.remote]
 
 
-class ColdStart(_Section, frozen=True):
+class ColdStart(Section, frozen=True):
     """Supervised fine-tuning before version 0; nothing is admitted before it ends."""
 
     demonstrations: str = ""
@@ -114,105 +113,7 @@ class ColdStart(_Section, frozen=True):
     """torch threads; the rest of the machine is idle in this phase."""
 
 
-class Advantage(_Section, frozen=True):
-    """How rewards become advantages; the formulas are in learner/advantages.py and learner/credit.py."""
-
-    estimator: Literal[
-        "grpo", "rloo", "opo", "reinforce++", "reinforce++_baseline", "gae", "none"
-    ] = "grpo"
-    """`none`: the reward plays no part, a teacher does."""
-    scale: Literal["none", "group", "batch"] = "none"
-    """Divide by the standard deviation of the group's, or of the whole batch's, rewards."""
-    credit: Literal["trajectory", "turns", "anchors"] = "trajectory"
-    """What an advantage is of: the whole trajectory; each turn, from `turn_<index>` among the reward's parts; or each
-    turn among all turns of the group that began from the same observation."""
-    discount: Fraction = 1.0
-    """Of a later reward, by turn; with `gae` by token."""
-    gae_lambda: Fraction = 1.0
-    value_learning_rate: Annotated[float, Meta(gt=0)] = 1e-3
-    """Of the value head that `gae` trains beside the policy."""
-    anchor_weight: NonNegativeFloat = 1.0
-    overlong_tokens: NonNegative = 0
-    """Below `policy.max_tokens` the reward falls over so many tokens, linearly; 0: not at all."""
-    overlong_penalty: NonNegativeFloat = 1.0
-    """What it has lost at the limit."""
-
-
-class Loss(_Section, frozen=True):
-    """What is minimised; the formulas are in learner/losses.py. `actors train --dry-run` prints the whole as a line."""
-
-    method: Literal["clip", "gspo", "cispo", "dppo", "reinforce"] = "clip"
-    clip_low: Fraction = 0.2
-    clip_high: NonNegativeFloat = 0.28
-    """The ratio is held within [1 - clip_low, 1 + clip_high]."""
-    dual_clip: NonNegativeFloat = 0.0
-    """The largest ratio of a token with a negative advantage; 0: none."""
-    divergence: Literal["tv", "kl"] = "tv"
-    divergence_max: Annotated[float, Meta(gt=0)] = 0.15
-    """For `dppo`: a token that has moved further takes no step away."""
-    clip_cov_fraction: Fraction = 0.0
-    """The share of all tokens, of those with a covariance within the bounds, that get no gradient; 0: none."""
-    clip_cov_min: float = 1.0
-    clip_cov_max: float = 5.0
-    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
-    constant_tokens: NonNegative = 0
-    """What `constant` divides each trajectory's sum by; 0: `policy.max_tokens`."""
-    entropy: NonNegativeFloat = 0.0
-    """The weight of the entropy bonus."""
-    mask_truncated: bool = False
-    """Trajectories cut off at a limit are compared with, but not trained."""
-
-
-class Correction(_Section, frozen=True):
-    """What is done about the distance between the engine and the learner; learner/corrections.py."""
-
-    proximal: Literal["behaviour", "start", "interpolated"] = "behaviour"
-    """The centre of the trust region: the engine's policy; the learner's as the step begins, computed once more; or one
-    in between, the nearer to the learner's the older a token is."""
-    token: Literal["mask", "truncate", "none"] = "mask"
-    """A token whose ratio learner/engine lies outside [ratio_min, ratio_max] is masked; or weights end at ratio_max."""
-    ratio_min: NonNegativeFloat = 0.5
-    ratio_max: Annotated[float, Meta(gt=1)] = 2.0
-    sequence: Literal["geometric", "product", "none"] = "geometric"
-    """A trajectory is masked whole when the geometric mean, or the product, of its tokens' ratios lies outside
-    [sequence_min, sequence_max]."""
-    sequence_min: NonNegativeFloat = 0.8
-    sequence_max: Annotated[float, Meta(gt=1)] = 1.25
-
-
-class Kl(_Section, frozen=True):
-    """What the policy is held near to."""
-
-    coefficient: NonNegativeFloat = 0.0
-    """The weight of the divergence from the reference; 0: there is none."""
-    reference: str = ""
-    """A Hugging Face folder; empty: version 0."""
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    place: Literal["loss", "reward"] = "loss"
-    weighted: bool = True
-    """In the loss: times learner/engine, so that its gradient is that of the divergence; masked tokens take no part."""
-    behaviour_coefficient: NonNegativeFloat = 0.0
-    """The weight, in the loss, of the divergence from the engine's policy."""
-
-
-class Teacher(_Section, frozen=True):
-    """On-policy distillation: a stronger model says of each sampled token how likely it was."""
-
-    folder: str = ""
-    """A Hugging Face folder with the same vocabulary; empty: no teacher."""
-    coefficient: Annotated[float, Meta(gt=0)] = 1.0
-
-
-class Filter(_Section, frozen=True):
-    """Which complete groups are not trained; others take their place."""
-
-    zero_variance: bool = True
-    """Those whose rewards are all equal."""
-    mean_reward: list[float] = []
-    """[least, most]: those whose mean reward is not within; empty: none."""
-
-
-class Lora(_Section, frozen=True):
+class Lora(Section, frozen=True):
     """Low-rank adapters (Hu et al. 2021) on version 0, which stays as it is; only they are trained and published."""
 
     rank: NonNegative = 0
@@ -225,7 +126,7 @@ class Lora(_Section, frozen=True):
     """Modules by the last part of their names, e.g. ["q_proj", "v_proj"]; empty: every linear layer but the head."""
 
 
-class Learner(_Section, frozen=True):
+class Learner(Section, frozen=True):
     """The optimisation."""
 
     steps: NonNegative = 100
@@ -278,7 +179,7 @@ class Learner(_Section, frozen=True):
         return self.ranks > 1 or self.offload != "none"
 
 
-class Asynchrony(_Section, frozen=True):
+class Asynchrony(Section, frozen=True):
     """How far sampling may run ahead of learning."""
 
     max_staleness: NonNegative = 4
@@ -289,10 +190,10 @@ class Asynchrony(_Section, frozen=True):
     """Batch-synchronous, for comparison: a barrier after each hop of a batch, and after each batch."""
 
 
-class Generator(_Section, frozen=True):
+class Generator(Section, frozen=True):
     """The engine that samples."""
 
-    engine: Literal["transformers", "scripted"] = "transformers"
+    engine: Literal["transformers", "vllm", "scripted"] = "transformers"
     script: str = ""
     """For `scripted`: `module:function`; see engines/scripted.py."""
     slots: Positive = 64
@@ -303,21 +204,24 @@ class Generator(_Section, frozen=True):
     """New weights are taken between two tokens of running turns, or after they end."""
 
 
-class Toolbox(_Section, frozen=True):
+class Toolbox(Section, frozen=True):
     """The executors of tool calls."""
 
     slots: Positive = 8
     """Calls that one replica runs at once."""
     sessions: Positive = 1000
-    """Sessions that one replica keeps between calls (2.8 MB each); beyond it the longest unused is closed, and made
-    anew by running its calls again when it is needed."""
+    """Sessions that one replica keeps between calls; beyond it the longest unused is closed, and made anew by running
+    its calls again when it is needed."""
+    sessions_mb: Positive = 4096
+    """MiB that they may take together (2 each that has imported nothing); beyond it the same happens."""
     rebuild_s: Seconds = 60.0
     """How long running a lost session's calls again may take before the trajectory fails."""
     imports: list[str] = []
-    """Modules that Python code finds already imported (tier `ns`): `import sympy` costs each call 0.3 s otherwise."""
+    """Modules that Python code finds already imported (tier `ns`): `import sympy` costs each call 0.3 s otherwise. A
+    tool's own `imports`, in its options, take their place."""
 
 
-class Scorer(_Section, frozen=True):
+class Scorer(Section, frozen=True):
     """The reward."""
 
     reward: str = "exact"
@@ -325,7 +229,7 @@ class Scorer(_Section, frozen=True):
     slots: Positive = 8
 
 
-class Gateway(_Section, frozen=True):
+class Gateway(Section, frozen=True):
     """The door for other trainers: VerlTool's tool server over this run's toolboxes; docs/verltool.md."""
 
     host: str = "127.0.0.1"
@@ -342,7 +246,7 @@ class Gateway(_Section, frozen=True):
     """Whether an action in which no call is found ends its trajectory."""
 
 
-class Replicas(_Section, frozen=True):
+class Replicas(Section, frozen=True):
     """How many processes of each role the supervisor starts; `actors run` adds more."""
 
     generator: NonNegative = 1
@@ -354,7 +258,7 @@ class Replicas(_Section, frozen=True):
     """`actors serve` starts one at least."""
 
 
-class Evaluation(_Section, frozen=True):
+class Evaluation(Section, frozen=True):
     """Held-out tasks, sampled by one pinned version; never trained on."""
 
     path: str = ""
@@ -367,7 +271,7 @@ class Evaluation(_Section, frozen=True):
     temperature: NonNegativeFloat = 0.0
 
 
-class Deadlines(_Section, frozen=True):
+class Deadlines(Section, frozen=True):
     """How long a stage may take without a new event before the sweep acts."""
 
     gen_s: Seconds = 120.0
@@ -383,7 +287,16 @@ class Deadlines(_Section, frozen=True):
     """A replica that gives no sign of life, or whose event loop stands still, for so long is killed and replaced."""
 
 
-class Recipe(_Section, frozen=True):
+class Nats(Section, frozen=True):
+    """The servers of the bus."""
+
+    replicas: Literal[1, 3, 5] = 1
+    """How many of them hold each stream: of 3 any one may die, of 5 any two. What a stream has does not get fewer."""
+    analytics_sees_answers: bool = False
+    """Whether the login `analytics` may read answers too, at the server that is started for the run."""
+
+
+class Recipe(Section, frozen=True):
     """A whole run."""
 
     policy: Policy
@@ -403,6 +316,7 @@ class Recipe(_Section, frozen=True):
     replicas: Replicas = Replicas()
     evaluation: Evaluation = Evaluation()
     deadlines: Deadlines = Deadlines()
+    nats: Nats = Nats()
 
 
 def stage_limits_s(deadlines: Deadlines) -> dict[str, float]:

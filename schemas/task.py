@@ -4,12 +4,21 @@ from typing import Any, Literal
 
 import msgspec
 
+from schemas.images import StoredImage
 
-class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One message of a conversation, in the chat-template sense."""
+
+class ChatMessage(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """One message of a conversation, in the chat-template sense.
+
+    In a data row `content` may also be a list of parts, as Hugging Face has them; see actors/row_images.py.
+    """
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
+    images: list[StoredImage] = []
+    """One for each placeholder in the content, in order; no data row gives them."""
 
 
 class PublicPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -31,6 +31,7 @@ from schemas.events import (
     Started,
     Turn,
 )
+from schemas.images import StoredImage
 from schemas.tokens import Tokens
 
 _ID = re.compile(r"([A-Za-z0-9_]+)-(0|[1-9][0-9]{0,8})-(0|[1-9][0-9]{0,8})")
@@ -92,6 +93,12 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     def tokens(self) -> Tokens:
         """All tokens so far, given and sampled, in order."""
         return Tokens.join([turn.tokens for turn in self.turns])
+
+    @property
+    def images(self) -> list[StoredImage]:
+        """What it shows, in the order of its tokens: in the task's messages, then in results."""
+        asked = [image for message in self.admitted.public.messages for image in message.images]
+        return asked + [image for result in self.results for image in result.images]
 
     @property
     def reward(self) -> float | None:

@@ -3,24 +3,32 @@
 `st.from_type(Turn)`, for any message, event or recipe, gives valid ones.
 """
 
+import json
+import os
 import shutil
 import subprocess
+import sys
+import threading
+import time
 import typing
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal
 
 import msgspec
+import psutil
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 
 from bus.connection import Bus, connect
-from bus.embedded import EmbeddedServer
+from bus.embedded import EmbeddedServer, die_with_parent, free_port
 from bus.log import Log, open_log
 from bus.provision import provision
-from schemas import events, messages, recipe, task
+from schemas import algorithm, events, messages, recipe, task
 from schemas.tokens import Tokens
 from schemas.trajectory import Trajectory
 
@@ -32,7 +40,7 @@ settings.load_profile("noisy")
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
-    embedded = EmbeddedServer(tmp_path / "nats")
+    embedded = EmbeddedServer(tmp_path / "nats", unrestricted=True)
     embedded.start()
     yield embedded
     embedded.stop()
@@ -64,6 +72,151 @@ def worker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(install, cwd=folder, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def http_serving() -> Callable[[type[BaseHTTPRequestHandler]], AbstractContextManager[str]]:
+    """`with http_serving(Handler) as url:` a real server on the loopback interface, which logs nothing."""
+
+    @contextmanager
+    def serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+        quiet = type("Quiet", (handler,), {"log_message": lambda *_: None})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), quiet)
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+    return serve
+
+
+class PlainServer:
+    """A nats-server without logins that can be killed and started again."""
+
+    def __init__(self, folder: Path, name: str, blocks: str) -> None:
+        port = free_port()
+        self.name = name
+        self.url = f"nats://127.0.0.1:{port}"
+        binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
+        config = folder / f"{name}.conf"
+        config.write_text(
+            f'listen: "127.0.0.1:{port}"\nserver_name: {name}\nmax_payload: 8MB\n{blocks}\n'
+        )
+        self._command = [binary, "-c", str(config), "-l", str(folder / f"{name}.log")]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, preexec_fn=die_with_parent)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def plain_servers(tmp_path: Path) -> Iterator[Callable[[str, str], PlainServer]]:
+    """Start a server by its name and the blocks of its configuration; all end with the test."""
+    started: list[PlainServer] = []
+
+    def start(name: str, blocks: str) -> PlainServer:
+        started.append(PlainServer(tmp_path, name, blocks))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.kill()
+
+
+@pytest.fixture
+def hub_and_leaf(tmp_path: Path, plain_servers) -> tuple[PlainServer, PlainServer]:
+    """Two servers; the leaf has no streams of its own."""
+    port = free_port()
+    store = f'jetstream {{ store_dir: "{tmp_path / "store"}", domain: hub }}'
+    hub = plain_servers("hub", f'{store}\nleafnodes {{ listen: "127.0.0.1:{port}" }}')
+    remote = f'leafnodes {{ reconnect: "1s", remotes: [ {{ url: "nats://127.0.0.1:{port}" }} ] }}'
+    here = 'mappings { "$JS.API.>": "$JS.hub.API.>" }'
+    return hub, plain_servers("leaf", f"{remote}\n{here}")
+
+
+# -- whole runs ------------------------------------------------------------------------------------
+
+PATIENCE_S = 400.0
+"""For what takes seconds on a machine that is not busy."""
+
+
+class Machine:
+    """Runs `actors` with a folder of its own for runs, and knows every process that comes of it."""
+
+    def __init__(self, runs: Path, **environment: str) -> None:
+        self.runs = runs
+        self._environment = (
+            os.environ | {"ACTORS_RUNS": str(runs), "COLUMNS": "200", "NATS_URL": ""} | environment
+        )
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        """A command in a terminal of its own; its output and errors come together."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "actors", *arguments],
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def say(self, *arguments: str, timeout_s: float = PATIENCE_S) -> str:
+        """What a command prints that must succeed."""
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=timeout_s)
+        assert process.returncode == 0, output[-4000:]
+        return output
+
+    def rows(self, run: str) -> list[dict[str, Any]]:
+        """The metrics of the run's steps so far."""
+        path = self.runs / run / "metrics.jsonl"
+        whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def processes(self, part: str = "") -> list[psutil.Process]:
+        """Everything that is alive: replicas, servers, sandboxes; those whose command line has the part."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                ours = process.environ().get("ACTORS_RUNS") == str(self.runs)
+                alive = process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid()
+                if ours and alive and part in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                pass
+        return found
+
+    def until(self, is_so: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
+        """Wait for it."""
+        end = time.monotonic() + patience_s
+        while not is_so():
+            assert time.monotonic() < end, f"not in {patience_s:g} s: {what}"
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def machine_at() -> Iterator[Callable[..., Machine]]:
+    """A machine with its runs in a folder; what it leaves behind is killed in the end."""
+    made: list[Machine] = []
+
+    def make(runs: Path, **environment: str) -> Machine:
+        made.append(Machine(runs, **environment))
+        return made[-1]
+
+    yield make
+    for machine in made:
+        for process in machine.processes():
+            process.kill()
 
 
 # -- values of every schema ------------------------------------------------------------------------
@@ -132,9 +285,26 @@ def _tokens(_: type[Tokens]) -> st.SearchStrategy[Tokens]:
     return st.lists(token, max_size=8).map(packed)
 
 
-for module in (events, messages, recipe, task):
+for module in (algorithm, events, messages, recipe, task):
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, msgspec.Struct) and value is not Tokens:
             st.register_type_strategy(value, _structs)
 st.register_type_strategy(Trajectory, _structs)
 st.register_type_strategy(Tokens, _tokens)
+
+
+@pytest.fixture
+def make_small_disk() -> Iterator[Callable[[Path, int], Path]]:
+    """`make_small_disk(folder, megabytes)`: a file system of that size there."""
+    with ExitStack() as mounts:
+
+        def make(folder: Path, megabytes: int) -> Path:
+            folder.mkdir(parents=True)
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder)]
+            mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+            if mounted.returncode:
+                pytest.skip(f"no small disk: mount says {mounted.stderr.strip()!r} (needs root)")
+            mounts.callback(subprocess.run, ["umount", "-l", str(folder)], check=True)
+            return folder
+
+        yield make

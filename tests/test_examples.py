@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import base64
 import contextlib
 import json
 import shutil
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import nkeys
 import pytest
 
 from actors import run_folder
@@ -75,7 +77,7 @@ async def run(
     monkeypatch.setattr(run_folder, "RUNS", tmp_path)
     folder = RunFolder(RUN)
     folder.path.mkdir()
-    folder.write_endpoint(server.endpoint)
+    folder.write_endpoint(server.logins)
     await log.append_run(Opened(recipe=Recipe(policy=Policy(model="m"))))
     for number, reward in enumerate((*REWARDS, None)):
         await follow(log, life(f"g{number}-0-0", reward))
@@ -181,9 +183,11 @@ def never_reading(server: EmbeddedServer) -> socket.socket:
     link = socket.socket()
     link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     link.connect((where.hostname, where.port))
+    nonce = json.loads(link.recv(4096).split(b" ", 1)[1])["nonce"].encode()
+    key = nkeys.from_seed(bytearray(server.logins.of("analytics").seed.encode()))
     options = {
-        "user": server.endpoint.user,
-        "pass": server.endpoint.password,
+        "nkey": key.public_key.decode(),
+        "sig": base64.b64encode(key.sign(nonce)).decode(),
         "verbose": False,
         "pedantic": False,
         "name": "slow analytics",

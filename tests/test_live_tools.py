@@ -101,7 +101,7 @@ async def live_run(runs: Path, *settings: str) -> AsyncIterator[LiveRun]:
             while (home := RunFolder(RUN).live()) is None:
                 assert train.returncode is None, (await said).decode()
                 await asyncio.sleep(0.1)
-        async with connect(home.endpoint, "test") as bus, open_log(bus, RUN) as log:
+        async with connect(home.logins.of("operator"), "test") as bus, open_log(bus, RUN) as log:
             yield LiveRun(runs, bus, log, train)
     finally:
         for process in psutil.process_iter():

@@ -3,12 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -34,105 +29,49 @@ SMALL = [
 ]  # fmt: skip
 
 
-class Machine:
-    """Runs `actors` with a folder of its own for runs."""
-
-    def __init__(self, runs: Path) -> None:
-        self.runs = runs
-        self.environment = os.environ | {"ACTORS_RUNS": str(runs), "COLUMNS": "200"}
-
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [sys.executable, "-m", "actors", *arguments],
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def say(self, *arguments: str) -> str:
-        process = self.start(*arguments)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 0, output
-        return output
-
-    def events(self) -> list[dict[str, Any]]:
-        """The whole log, by `actors tail`."""
-        output = self.say("tail", "--run", "whole", "--from-start", "--json")
-        return [json.loads(line) for line in output.splitlines()]
-
-    def processes(self) -> list[psutil.Process]:
-        """Everything of ours that is alive: replicas, servers, sandboxes."""
-        return [
-            process
-            for process in psutil.process_iter()
-            if self._is_ours(process) and process.pid != os.getpid()
-        ]
-
-    def _is_ours(self, process: psutil.Process) -> bool:
-        try:
-            mine = process.environ().get("ACTORS_RUNS") == str(self.runs)
-            return mine and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory, machine_at):
+    return machine_at(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    made = Machine(tmp_path_factory.mktemp("runs"))
-    yield made
-    for process in made.processes():
-        process.kill()
-
-
-def until(is_so: Callable[[], bool], seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end, f"not in {seconds:g} s: {what}"
-        time.sleep(0.2)
-
-
-def rows(machine: Machine) -> int:
-    path = machine.runs / "whole" / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-@pytest.fixture(scope="module")
-def finished(machine: Machine) -> list[dict[str, Any]]:
+def finished(machine) -> list[dict[str, Any]]:
     """A run that two generators joined, whose terminal was killed, and that was resumed to its end."""
     first = machine.start("train", *SMALL)
-    until(lambda: rows(machine) >= 2 or first.poll() is not None, 300, "two steps")
+    machine.until(
+        lambda: len(machine.rows("whole")) >= 2 or first.poll() is not None, "two steps", 300
+    )
     joined = machine.start("run", "generator", "--replicas", "2", "--run", "whole")
-    until(lambda: _generators(machine) == 3, 90, "three generators with weights")
-    before = rows(machine)
-    until(lambda: rows(machine) >= before + 4, 120, "steps with them")
+    machine.until(lambda: _generators(machine) == 3, "three generators with weights", 90)
+    before = len(machine.rows("whole"))
+    machine.until(lambda: len(machine.rows("whole")) >= before + 4, "steps with them", 120)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    until(lambda: not machine.processes(), 30, "no process left after the terminal was killed")
+    machine.until(
+        lambda: not machine.processes(), "no process left after the terminal was killed", 30
+    )
     joined.communicate(timeout=5)
     assert joined.returncode == 0
     assert not _listens(machine), "no port left"
     assert "balanced: each has one fate" in machine.say("verify", "--run", "whole")
 
-    second = machine.start("train", *SMALL)
-    output, _ = second.communicate(timeout=600)
-    assert second.returncode == 0, output
+    machine.say("train", *SMALL, timeout_s=600)
     assert not machine.processes()
-    return machine.events()
+    events = machine.say("tail", "--run", "whole", "--from-start", "--json")
+    return [json.loads(line) for line in events.splitlines()]
 
 
 def _samplers(events: list[dict[str, Any]]) -> set[str]:
     return {event["replica"] for event in events if event["kind"] == "turn"}
 
 
-def _generators(machine: Machine) -> int:
+def _generators(machine) -> int:
     """How many hold weights: ROLE REPLICA PID UP s VERSION …"""
     lines = (line.split() for line in machine.say("ps", "--run", "whole").splitlines())
     return sum(words[0] == "generator" and words[5] != "-" for words in lines)
 
 
-def _listens(machine: Machine) -> bool:
+def _listens(machine) -> bool:
     config = (machine.runs / "whole" / "nats" / "nats.conf").read_text()
     address = config.split('listen: "')[1].split('"')[0]
     port = int(address.rsplit(":", 1)[1])
@@ -168,9 +107,7 @@ def test_no_prompt_is_skipped_or_repeated(finished: list[dict[str, Any]]) -> Non
     assert len(set(tasks)) == len(tasks)
 
 
-def test_steps_trained_again_gave_the_same_weights(
-    machine: Machine, finished: list[dict[str, Any]]
-) -> None:
+def test_steps_trained_again_gave_the_same_weights(machine, finished: list[dict[str, Any]]) -> None:
     """After the kill the checkpoint and the recorded batches lead to the recorded weights, to the bit."""
     logs = "".join(path.read_text() for path in (machine.runs / "whole" / "logs").glob("learner*"))
     assert "gave other weights" not in logs
@@ -209,7 +146,7 @@ def test_the_learner_agrees_with_the_engine(finished: list[dict[str, Any]]) -> N
     assert abs(first["is_ratio_mean"] - 1) < 1e-4
 
 
-def test_the_accounts_balance(machine: Machine, finished: list[dict[str, Any]]) -> None:
+def test_the_accounts_balance(machine, finished: list[dict[str, Any]]) -> None:
     """`actors verify`, from the log of a run at rest: as many as were admitted have a fate, and none is in flight."""
     found = json.loads(machine.say("verify", "--run", "whole", "--json"))
     assert found["balanced"]
@@ -220,18 +157,16 @@ def test_the_accounts_balance(machine: Machine, finished: list[dict[str, Any]]) 
     assert found["admitted"] == sum(found["fates"].values()) == admitted
 
 
-def test_the_run_can_be_replayed(machine: Machine, finished: list[dict[str, Any]]) -> None:
+def test_the_run_can_be_replayed(machine, finished: list[dict[str, Any]]) -> None:
     """`actors replay`: batches, rewards, losses and weights of every step come out equal, across the kill."""
-    process = machine.start("replay", "--run", "whole")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    output = machine.say("replay", "--run", "whole")
     assert f"equal: {STEPS} steps from step-000000: {STEPS} batches" in output
 
 
-def test_what_a_run_leaves(machine: Machine, finished: list[dict[str, Any]]) -> None:
+def test_what_a_run_leaves(machine, finished: list[dict[str, Any]]) -> None:
     """Metrics without a gap, held-out scores, the curve, the recipe, and a model that transformers loads."""
     folder = machine.runs / "whole"
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = machine.rows("whole")
     assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
     assert metrics[0].keys() >= METRICS
     evaluations = [
@@ -249,7 +184,7 @@ def test_what_a_run_leaves(machine: Machine, finished: list[dict[str, Any]]) -> 
     assert model.config.vocab_size >= len(AutoTokenizer.from_pretrained(folder / "checkpoint"))
 
 
-def test_a_trajectory_can_be_shown(machine: Machine, finished: list[dict[str, Any]]) -> None:
+def test_a_trajectory_can_be_shown(machine, finished: list[dict[str, Any]]) -> None:
     """Of a run at rest, too: every turn, call, result and the reward."""
     scored = next(e for e in finished if e["kind"] == "scored" and e["trajectory"].startswith("g"))
     text = machine.say("show", scored["trajectory"], "--run", "whole")
@@ -257,9 +192,7 @@ def test_a_trajectory_can_be_shown(machine: Machine, finished: list[dict[str, An
     assert "reward" in text
 
 
-def test_a_finished_run_is_not_started_again(
-    machine: Machine, finished: list[dict[str, Any]]
-) -> None:
+def test_a_finished_run_is_not_started_again(machine, finished: list[dict[str, Any]]) -> None:
     process = machine.start("train", *SMALL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2

@@ -36,7 +36,7 @@ class Command:
     def __init__(self, runs: Path, *arguments: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "actors", *arguments],
-            env=os.environ | {"ACTORS_RUNS": str(runs), "COLUMNS": "200"},
+            env=os.environ | {"ACTORS_RUNS": str(runs), "COLUMNS": "200", "ACTORS_LOG": "text"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

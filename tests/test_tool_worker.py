@@ -148,7 +148,7 @@ async def served(
     monkeypatch.setattr(run_folder, "RUNS", tmp_path)
     folder = RunFolder(RUN)
     folder.path.mkdir()
-    folder.write_endpoint(server.endpoint)
+    folder.write_endpoint(server.logins)
     await provision(bus, RUN, RECIPE.tools.names)
     await log.append_run(Opened(recipe=RECIPE))
     async with working(worker_folder, folder.path) as worker:

@@ -2,10 +2,12 @@
 
 SQLite      the file is opened as unchanging and read-only, an authorizer refuses all but reading, memory is capped
 DuckDB      read-only, its access to files and networks switched off for good
-PostgreSQL  a read-only transaction as no superuser; the query is the body of a cursor, so only a SELECT can stand there
+PostgreSQL  a read-only transaction as no superuser, never committed; the query is the body of a cursor, where only a
+            SELECT can stand
 """
 
 import contextlib
+import re
 import sqlite3
 import threading
 import time
@@ -19,6 +21,8 @@ _MAX_CELL_CHARS = 1000
 _SQLITE_MEMORY_BYTES = 256 << 20
 _SQLITE_LENGTH = 8 << 20
 _DUCKDB_MEMORY = "512MB"
+_END = re.compile(r";(\s|--[^\n]*|/\*.*?\*/)*\Z", re.DOTALL)
+"""Of a statement, with comments."""
 
 
 class QueryError(Exception):
@@ -83,9 +87,16 @@ def _cell(value: Any) -> str:
     if isinstance(value, bytes | bytearray | memoryview):
         text = f"x'{bytes(value[:_MAX_CELL_CHARS]).hex()}'"
     else:
-        text = str(value)
+        text = _text_of(value)
     text = text.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
     return text if len(text) <= _MAX_CELL_CHARS else f"{text[:_MAX_CELL_CHARS]}…"
+
+
+def _text_of(value: Any) -> str:
+    try:
+        return str(value)
+    except RecursionError:  # DuckDB's lists and VARIANTs become Python's
+        return "(nested too deeply)"
 
 
 # -- SQLite ------------------------------------------------------------------------------------------
@@ -174,13 +185,14 @@ def _ask_duckdb(path: str, query: str, max_rows: int, wall_s: float) -> Table:
     try:
         import duckdb
     except ModuleNotFoundError as error:
-        raise DatabaseError("duckdb is not installed: agentic-actors[tools]") from error
+        raise DatabaseError("duckdb is not installed: `make setup` installs it") from error
     config: dict[str, Any] = {
         "memory_limit": _DUCKDB_MEMORY,
         "temp_directory": "",
         "threads": 1,
         "autoinstall_known_extensions": False,
         "autoload_known_extensions": False,
+        "python_enable_replacements": False,  # a table's name is none of our variables'
     }
     try:
         link = duckdb.connect(path, read_only=True, config=config)
@@ -193,13 +205,36 @@ def _ask_duckdb(path: str, query: str, max_rows: int, wall_s: float) -> Table:
             statements = link.extract_statements(query)
             if len(statements) != 1:
                 raise QueryError("Error: write one statement at a time.")
-            answer = link.execute(statements[0])
+            answer = link.execute(_without_zones(link, statements[0]))
             columns = [column[0] for column in answer.description or ()]
             return Table(columns, answer.fetchmany(max_rows))
         except (duckdb.Error, UnicodeError, ValueError, OverflowError) as error:
             if late.is_set():
                 raise QueryError(f"Timed out after {wall_s:g} s.") from error
             raise QueryError(f"Error: {error}") from error
+
+
+def _without_zones(link: Any, statement: Any) -> Any:
+    """The statement, in which times with a zone are text: duckdb makes no values of them unless pytz is installed."""
+    import duckdb
+
+    if statement.type.name != "SELECT":
+        return statement
+    try:
+        columns = link.execute(f"DESCRIBE {statement.query}").fetchall()
+    except duckdb.Error:
+        return statement  # it says itself what is wrong with it
+    if not any("TIME ZONE" in kind for _, kind, *_ in columns):
+        return statement
+    shown = (
+        f"#{place}{'::VARCHAR' if 'TIME ZONE' in kind else ''} AS {_quoted(name)}"
+        for place, (name, kind, *_) in enumerate(columns, 1)
+    )
+    return f"SELECT {', '.join(shown)} FROM (\n{_END.sub('', statement.query)}\n)"
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
 @contextmanager
@@ -223,12 +258,34 @@ def _interrupted(interrupt: Callable[[], None], wall_s: float) -> Iterator[threa
 
 # -- PostgreSQL --------------------------------------------------------------------------------------
 
+_CUT_OFF_SHARE = 0.9
+"""A query that is cancelled before this share of its time was cancelled by somebody."""
+_SERVERS_FAULT = ("531", "532", "533", "58")
+"""SQLSTATEs: no room, no memory, no connection left, and what the system did."""
+_SHOWN_AS_ELSEWHERE = ("bool", "bytea")
+"""All other values are shown as PostgreSQL writes them: it has times, numbers and JSON that Python has not."""
+
+
+class _CutOff(Exception):
+    """Another session of the same role, or the query itself, has ended the connection or cancelled the query."""
+
 
 def _ask_postgresql(url: str, query: str, max_rows: int, wall_s: float) -> Table:
+    """Asks again once when it was cut off: any query of the role may do that to another trajectory's."""
+    with contextlib.suppress(_CutOff):
+        return _ask_postgresql_once(url, query, max_rows, wall_s)
+    try:
+        return _ask_postgresql_once(url, query, max_rows, wall_s)
+    except _CutOff as error:
+        raise QueryError(f"Error: {error}") from error
+
+
+def _ask_postgresql_once(url: str, query: str, max_rows: int, wall_s: float) -> Table:
     try:
         import psycopg
+        from psycopg.types.string import TextLoader
     except ModuleNotFoundError as error:
-        raise DatabaseError("psycopg is not installed: agentic-actors[tools]") from error
+        raise DatabaseError("psycopg is not installed: `make setup` installs it") from error
     wait_ms = int(wall_s * 1e3)
     settings = (
         f"-c default_transaction_read_only=on -c statement_timeout={wait_ms} "
@@ -238,22 +295,38 @@ def _ask_postgresql(url: str, query: str, max_rows: int, wall_s: float) -> Table
         link = psycopg.connect(url, options=settings, connect_timeout=max(2, int(wall_s)))
     except psycopg.Error as error:
         raise DatabaseError(str(error)) from error
-    with link:
-        row = link.execute(
-            "SELECT bool_or(rolsuper OR rolname IN ('pg_read_server_files', "
-            "'pg_write_server_files', 'pg_execute_server_program')) FROM pg_roles "
-            "WHERE pg_has_role(session_user, oid, 'MEMBER')"
-        ).fetchone()
-        if row is None or row[0]:
-            raise DatabaseError("this role may reach the server's files: give the URL of another")
+    # closed and not committed: what read-only lets through (large objects, NOTIFY) is taken back
+    with contextlib.closing(link):
+        for kind in link.adapters.types:
+            link.adapters.register_loader(kind.array_oid, TextLoader)
+            if kind.name not in _SHOWN_AS_ELSEWHERE:
+                link.adapters.register_loader(kind.oid, TextLoader)
+        begun_s = time.monotonic()
         try:
+            _refuse_file_roles(link)
             with link.cursor("answer") as cursor:
                 cursor.execute(query.strip().rstrip(";").encode())
                 columns = [column.name for column in cursor.description or ()]
                 return Table(columns, cursor.fetchmany(max_rows))
         except psycopg.errors.QueryCanceled as error:
+            if time.monotonic() - begun_s < _CUT_OFF_SHARE * wall_s:
+                raise _CutOff(str(error)) from error
             raise QueryError(f"Timed out after {wall_s:g} s.") from error
-        except psycopg.OperationalError as error:
-            raise DatabaseError(str(error)) from error
+        except psycopg.errors.AdminShutdown as error:
+            raise _CutOff(str(error)) from error
         except (psycopg.Error, ValueError) as error:
-            raise QueryError(f"Error: {str(error).strip()}") from error
+            told = str(error).strip()
+            code = getattr(error, "sqlstate", None) or ""
+            if link.closed or code.startswith(_SERVERS_FAULT):
+                raise DatabaseError(told) from error
+            raise QueryError(f"Error: {told}") from error
+
+
+def _refuse_file_roles(link: Any) -> None:
+    row = link.execute(
+        "SELECT bool_or(rolsuper OR rolname IN ('pg_read_server_files', "
+        "'pg_write_server_files', 'pg_execute_server_program')) FROM pg_roles "
+        "WHERE pg_has_role(session_user, oid, 'MEMBER')"
+    ).fetchone()
+    if row is None or row[0]:
+        raise DatabaseError("this role may reach the server's files: give the URL of another")

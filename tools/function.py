@@ -167,10 +167,11 @@ def bare_argument(parameters: dict[str, Any]) -> str:
 
     It is the first one, of text or a number, where no other is required.
     """
-    properties: dict[str, dict[str, Any]] = parameters.get("properties") or {}
+    properties: dict[str, Any] = parameters.get("properties") or {}
     first = next(iter(properties), "")
     others = set(parameters.get("required") or ()) - {first}
-    kind = properties[first].get("type") if first else None
+    described = properties.get(first)
+    kind = described.get("type") if isinstance(described, dict) else None  # `true`: anything
     bare = {"string", "integer", "number", "boolean"}
     return first if isinstance(kind, str) and kind in bare and not others else ""
 

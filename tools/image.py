@@ -1,11 +1,10 @@
 """The `image` tool: looks closer at the task's images and at those of earlier results.
 
 They are numbered from 1: first those of `public.extra.images` (paths beginning at `root`, `data:` URIs, or bytes), then
-those that results have shown.
+those that the task's messages show, then those that results have shown.
 """
 
 import base64
-import binascii
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,9 +13,10 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from schemas.images import PLACEHOLDER
 from tools.errors import ToolError
 from tools.function import tool
-from tools.tool import PLACEHOLDER, Context, Image, Observation, Options, Place
+from tools.tool import Context, Image, Observation, Options, Place
 from tools.workers import Late, Workers, open_workers
 
 _DATA_URI = re.compile(r"data:[\w/+.-]*;base64,", re.IGNORECASE)
@@ -38,6 +38,20 @@ class ImageOptions(Options, frozen=True):
     """A larger result is made smaller."""
 
 
+def image_bytes(given: object, root: Path) -> bytes:
+    """An image as a task gives it: a path beginning at `root`, a `data:` URI, or bytes. Raises ToolError."""
+    if isinstance(given, bytes):
+        return given
+    if not isinstance(given, str):
+        raise ToolError("bad_image", f"a path, a data: URI or bytes, not {type(given).__name__}")
+    try:
+        if found := _DATA_URI.match(given):
+            return base64.b64decode(given[found.end() :], validate=True)
+        return (root / given).read_bytes()
+    except (OSError, ValueError) as error:
+        raise ToolError("bad_image", f"{given[:200]}: {error}") from error
+
+
 class Pictures:
     """The children that work on images, and where these are."""
 
@@ -47,17 +61,8 @@ class Pictures:
         self._workers = workers
 
     def bytes_of(self, given: object) -> bytes:
-        """An image as a task gives it. Raises ToolError."""
-        if isinstance(given, bytes):
-            return given
-        if not isinstance(given, str):
-            raise ToolError("bad_image", "public.extra.images holds paths, data: URIs or bytes")
-        try:
-            if found := _DATA_URI.match(given):
-                return base64.b64decode(given[found.end() :], validate=True)
-            return (self._root / given).read_bytes()
-        except (OSError, binascii.Error) as error:
-            raise ToolError("bad_image", f"{given[:200]}: {error}") from error
+        """An image of `public.extra.images`. Raises ToolError."""
+        return image_bytes(given, self._root)
 
     async def work(
         self, data: bytes, action: str, arguments: dict[str, Any], wall_s: float

@@ -11,24 +11,25 @@ A server may keep a state: each trajectory has a connection of its own (over sta
 closed when it ends, unless all that the server offers says that it only reads. Where it is lost, the trajectory fails,
 since calls that act on the world do not run again.
 
-The policy sees each function as `<server>__<function>`. They are listed once, when the run begins, and written into its
-recipe: all replicas and the whole run show the same ones. A server runs with the rights of the toolbox: choose whom to
-trust.
+The policy sees each function as `<server>__<function>`, with `_2` and so on behind it where there is one already. They
+are listed once, when the run begins, and written into its recipe: all replicas and the whole run show the same ones. A
+server runs with the rights of the toolbox: choose whom to trust.
 """
 
 import base64
+import itertools
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Container
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from schemas.events import Call
+from schemas.images import PLACEHOLDER
 from tools.errors import ToolError
 from tools.function import bare_argument
 from tools.tool import (
-    PLACEHOLDER,
     Context,
     Effects,
     Function,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # the client takes half a second to import
     from tools.mcp_client import Connection
 
 _MAX_NAME_CHARS = 64
+_MAX_IMAGE_BYTES = 16 << 20
 _LISTING_S = 60.0
 
 
@@ -133,10 +135,10 @@ class Mcp(Tool):
                 if missing := sorted(set(only) - {tool.name for tool in offered}):
                     detail = f"mcp server {name} has no {', '.join(missing)}"
                     raise ToolError("bad_options", detail)
-                listed += [_listed(name, tool) for tool in offered if not only or tool.name in only]
-        names = [one.function.name for one in listed]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ToolError("duplicate", f"mcp: two functions are called {', '.join(twice)}")
+                wanted = {tool.name: tool for tool in offered if not only or tool.name in only}
+                for tool in wanted.values():
+                    taken = {one.function.name for one in listed}
+                    listed.append(_listed(name, tool, taken))
         return {"listed": msgspec.json.encode(listed).decode()}
 
     @asynccontextmanager
@@ -145,7 +147,7 @@ class Mcp(Tool):
         try:
             from tools.mcp_client import Connection
         except ModuleNotFoundError as error:
-            detail = f"mcp needs {error.name}: install agentic-actors[tools]"
+            detail = f"mcp needs {error.name}: `make setup` installs it"
             raise ToolError("not_installed", detail) from error
         self._recipe_dir = place.recipe_dir
         async with AsyncExitStack() as stack:
@@ -198,40 +200,57 @@ def observe(result: "CallToolResult") -> Observation:
     texts: list[str] = []
     images: list[Image] = []
     for block in result.content:
-        text, image = _show(block)
-        texts.append(text)
-        images += [image] if image else []
+        shown = _show(block)
+        if isinstance(shown, Image):
+            images.append(shown)
+            texts.append(PLACEHOLDER)
+        else:
+            texts.append(shown.replace(PLACEHOLDER, "[image]"))  # no image stands for it
     if not texts and result.structured_content is not None:
-        texts.append(msgspec.json.encode(result.structured_content).decode())
+        structured = msgspec.json.encode(result.structured_content).decode()
+        texts.append(structured.replace(PLACEHOLDER, "[image]"))
     text = "\n".join(texts) or "(no result)"
     return Observation(text=text, ok=not result.is_error, images=images)
 
 
-def _show(block: "ContentBlock") -> tuple[str, Image | None]:
+def _show(block: "ContentBlock") -> str | Image:
     match block.type:
         case "text":
-            return block.text.replace(PLACEHOLDER, "[image]"), None  # no image stands for it
+            return block.text
         case "image":
-            data = base64.b64decode(block.data)
-            return PLACEHOLDER, Image(data=data, media_type=block.mime_type)
+            try:
+                data = base64.b64decode(block.data, validate=True)
+            except ValueError:  # no base64, or not even ASCII
+                return f"[a broken image, {block.mime_type}]"
+            if len(data) > _MAX_IMAGE_BYTES:
+                return f"[an image of {len(data)} bytes, which is too large]"
+            return Image(data=data, media_type=block.mime_type)
         case "audio":
-            return f"[audio, {block.mime_type}]", None
+            return f"[audio, {block.mime_type}]"
         case "resource_link":
-            return f"[{block.name}: {block.uri}]", None
+            return f"[{block.name}: {block.uri}]"
         case "resource":
             text = getattr(block.resource, "text", None)
             kind = block.resource.mime_type or "bytes"
-            return text if text is not None else f"[{block.resource.uri}, {kind}]", None
-    return f"[{block.type}]", None
+            return text if text is not None else f"[{block.resource.uri}, {kind}]"
+    return f"[{block.type}]"
 
 
 def _reads_only(server: str, listed: list[Listed]) -> bool:
     return all(one.reads_only for one in listed if one.server == server)
 
 
-def _listed(server: str, tool: Any) -> Listed:
-    name = re.sub(r"[^\w-]", "_", f"{server}__{tool.name}", flags=re.ASCII)[:_MAX_NAME_CHARS]
-    parameters = {"type": "object", "properties": {}, **tool.input_schema}
+def _listed(server: str, tool: Any, taken: Container[str]) -> Listed:
+    """As the policy sees it: a name of its own, whatever letters the server's has."""
+    whole = re.sub(r"[^\w-]", "_", f"{server}__{tool.name}", flags=re.ASCII)
+    endings = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
+    names = (whole[: _MAX_NAME_CHARS - len(ending)] + ending for ending in endings)
+    name = next(name for name in names if name not in taken)
+    parameters = {"type": "object", **tool.input_schema}
+    parameters["properties"] = {
+        key: described if isinstance(described, dict) else {}  # `true`: anything
+        for key, described in (parameters.get("properties") or {}).items()
+    }
     return Listed(
         function=Function(
             name=name,

@@ -11,21 +11,45 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pydantic
-from mcp import Client, MCPError, StdioServerParameters
+from mcp import Client, MCPError
 from mcp.client.streamable_http import streamable_http_client
-from mcp_types import CONNECTION_CLOSED, REQUEST_TIMEOUT, CallToolResult, Tool
+from mcp_types import (
+    CONNECTION_CLOSED,
+    HEADER_MISMATCH,
+    INVALID_REQUEST,
+    METHOD_NOT_FOUND,
+    MISSING_REQUIRED_CLIENT_CAPABILITY,
+    PARSE_ERROR,
+    REQUEST_TIMEOUT,
+    UNSUPPORTED_PROTOCOL_VERSION,
+    URL_ELICITATION_REQUIRED,
+    CallToolResult,
+    Tool,
+)
 
 from tools.errors import ToolError
+from tools.mcp_transports import (
+    HTTP_FAILED,
+    MAX_ANSWER_BYTES,
+    SESSION_UNKNOWN,
+    HttpClient,
+    over_pipes,
+)
 from tools.tool import Observation
 
 if TYPE_CHECKING:
     from tools.mcp import Server
 
 _CONNECT_S = 30.0
+_ALIVE_S = 5.0
 _MAX_PAGES = 100
 _HTTP_READ_S = 300.0
-_SESSION_TERMINATED = "Session terminated"
-"""What the SDK makes of a server over HTTP that does not know the session: it was restarted, or waited long enough."""
+_FAILURES = {
+    *(CONNECTION_CLOSED, REQUEST_TIMEOUT, HTTP_FAILED, SESSION_UNKNOWN),
+    *(PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, UNSUPPORTED_PROTOCOL_VERSION),
+    *(HEADER_MISMATCH, MISSING_REQUIRED_CLIENT_CAPABILITY, URL_ELICITATION_REQUIRED),
+}
+"""What goes wrong between the SDK and a server; any other error is what the server says of the call."""
 
 
 class Connection:
@@ -44,6 +68,8 @@ class Connection:
         self._client: Client | None = None
         self._holder: asyncio.Task[None] | None = None
         self._let_go = asyncio.Event()
+        self._ended: Exception | None = None
+        """Why the connection has, if not by our own doing."""
 
     async def list_functions(self, wall_s: float) -> list[Tool]:
         """Everything that the server offers, however many pages it takes. Raises ToolError."""
@@ -63,20 +89,45 @@ class Connection:
         raise self._failed(f"more than {_MAX_PAGES} pages of tools")
 
     async def call(
-        self, name: str, arguments: dict[str, Any], wall_s: float
+        self, name: str, arguments: dict[str, Any], wall_s: float, *, again: bool = True
     ) -> CallToolResult | Observation:
-        """What the server answers; its refusal is an observation. Raises ToolError, and TimeoutError."""
+        """What the server answers; its refusal is an observation.
+
+        Raises ToolError, and TimeoutError where the call takes too long for a server that answers all the same.
+        `again`: where the server wants a new session, has not run the call, and nobody's state was in the old one.
+        """
         client = await self._connected()
         try:
-            return await client.call_tool(name, arguments, read_timeout_seconds=wall_s)
+            return await self._ask(client, name, arguments, wall_s)
+        except TimeoutError:
+            await self._look_alive(client)
+            raise
         except MCPError as error:
-            if error.code == REQUEST_TIMEOUT:
-                raise TimeoutError from error
-            if error.code == CONNECTION_CLOSED or error.message == _SESSION_TERMINATED:
-                await self.close()
-                raise self._failed(error) from error
-            return Observation(text=f"Error: {error.message}", ok=False)
-        except (RuntimeError, pydantic.ValidationError) as error:  # not what it had declared
+            if error.code not in _FAILURES:
+                return Observation(text=f"Error: {error.message}", ok=False)
+            if error.code in (CONNECTION_CLOSED, SESSION_UNKNOWN):
+                await self._lose(client)
+            if error.code != SESSION_UNKNOWN or self._in_session or not again:
+                raise self._failed(self._ended or error) from error
+        return await self.call(name, arguments, wall_s, again=False)
+
+    async def _ask(
+        self, client: Client, name: str, arguments: dict[str, Any], wall_s: float
+    ) -> CallToolResult:
+        """Raises MCPError, TimeoutError, and ToolError for what the server had declared otherwise."""
+        try:
+            async with asyncio.timeout(wall_s):
+                return await client.call_tool(name, arguments)
+        except (RuntimeError, pydantic.ValidationError) as error:
+            raise self._failed(error) from error
+
+    async def _look_alive(self, client: Client) -> None:
+        """Raises ToolError for a server that does not even say what it offers."""
+        try:
+            async with asyncio.timeout(_ALIVE_S):
+                await client.list_tools()
+        except (MCPError, TimeoutError, pydantic.ValidationError) as error:
+            await self._lose(client)
             raise self._failed(error) from error
 
     async def close(self) -> None:
@@ -86,6 +137,11 @@ class Connection:
             self._let_go.set()
             await asyncio.wait({holder})
 
+    async def _lose(self, client: Client) -> None:
+        """Close what this client was, if nobody else has."""
+        if self._client is client:
+            await self.close()
+
     async def _connected(self) -> Client:
         async with self._opening:
             if self._holder is not None and self._holder.done():
@@ -93,7 +149,7 @@ class Connection:
             if self._client is None:
                 if self._begun and self._in_session:
                     raise self._failed("the connection was lost, and its session with it")
-                self._let_go = asyncio.Event()
+                self._let_go, self._ended = asyncio.Event(), None
                 opened: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
                 self._holder = asyncio.create_task(
                     self._hold(opened, self._let_go), name=f"mcp {self._name}"
@@ -108,15 +164,17 @@ class Connection:
             async with AsyncExitStack() as stack:
                 async with asyncio.timeout(_CONNECT_S):
                     client = await self._connect(stack)
-                opened.set_result(client)
-                await let_go.wait()
+                if not opened.cancelled():  # else nobody waits for it any more
+                    opened.set_result(client)
+                    await let_go.wait()
         except (OSError, ValueError, RuntimeError, MCPError, httpx2.HTTPError) as error:
             self._report(opened, error)
         except ExceptionGroup as group:  # of the SDK's task groups
             self._report(opened, group)
 
     def _report(self, opened: asyncio.Future[Client], error: Exception) -> None:
-        """Tell who waits for the connection; later losses are told by the calls themselves."""
+        """Tell who waits for the connection; later losses are told by the calls that meet them."""
+        self._ended = error
         if not opened.done():
             opened.set_exception(self._failed(error))
 
@@ -130,26 +188,30 @@ class Connection:
     def _open(self, stack: AsyncExitStack, mode: str) -> Client:
         server = self._server
         if server.command:
-            program, *arguments = (_from_environment(part) for part in server.command)
-            return Client(
-                StdioServerParameters(
-                    command=program,
-                    args=arguments,
-                    env={name: _from_environment(value) for name, value in server.env.items()},
-                    cwd=Path(self._recipe_dir, server.folder).resolve(),
-                ),
-                mode=mode,
+            pipes = over_pipes(
+                [_from_environment(part) for part in server.command],
+                {name: _from_environment(value) for name, value in server.env.items()},
+                Path(self._recipe_dir, server.folder).resolve(),
             )
-        http = httpx2.AsyncClient(
-            headers={name: _from_environment(value) for name, value in server.headers.items()},
+            return Client(pipes, mode=mode)
+        http = HttpClient(
+            headers={"accept-encoding": "identity"}
+            | {name: _from_environment(value) for name, value in server.headers.items()},
             timeout=httpx2.Timeout(_CONNECT_S, read=_HTTP_READ_S),
+            # calls wait for the server, and not for one another
+            limits=httpx2.Limits(max_connections=None),
         )
         stack.push_async_callback(http.aclose)
-        return Client(streamable_http_client(server.url, http_client=http), mode=mode)
+        streams = streamable_http_client(
+            server.url, http_client=http, max_sse_event_size=MAX_ANSWER_BYTES
+        )
+        return Client(streams, mode=mode)
 
     def _failed(self, why: object) -> ToolError:
         while isinstance(why, ExceptionGroup):
             why = why.exceptions[0]
+        if isinstance(why, TimeoutError):
+            why = "no answer in time"
         text = str(why) or type(why).__name__
         return ToolError("mcp_server", f"mcp server {self._name}: {text}")
 

@@ -5,7 +5,8 @@ import re
 
 from msgspec.structs import replace
 
-from tools.tool import PLACEHOLDER, Keep, Observation
+from schemas.images import PLACEHOLDER
+from tools.tool import Keep, Observation
 
 
 def shorten(text: str, max_chars: int, keep: Keep = "both") -> str:

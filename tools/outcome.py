@@ -4,10 +4,11 @@ import signal
 
 from msgspec.structs import replace
 
+from schemas.images import PLACEHOLDER
 from tools.errors import ToolError
 from tools.observation import decode_output
 from tools.sandbox.sandbox import Limits, Outcome, Session, SessionKind
-from tools.tool import PLACEHOLDER, Context, Image, Observation
+from tools.tool import Context, Image, Observation
 
 _FIGURES_BYTES = 8 << 20
 _NOT_A_PLACEHOLDER = "<image >"
@@ -21,7 +22,9 @@ def with_figures(limits: Limits) -> Limits:
 async def session_of(context: Context, kind: SessionKind, *limits: Limits) -> Session:
     """The session of this call. Raises ToolError where the tool is run without any."""
     if context.session is None:
-        raise ToolError("no_session", f"this needs a {kind} session, and none is kept here")
+        raise ToolError(
+            "no_session", f"this keeps a {kind} session, which only a trajectory of a run has"
+        )
     return await context.session(kind, *limits)
 
 

@@ -42,9 +42,10 @@ def read_page(data: bytes, media_type: str, charset: str, url: str) -> dict[str,
 
 def _decode(data: bytes, charset: str) -> str:
     try:
-        return data.decode(charset or "utf-8", errors="replace")
-    except LookupError:  # no such charset
-        return data.decode(errors="replace")
+        text = data.decode(charset or "utf-8", errors="replace")
+    except (LookupError, ValueError):  # no such charset, or one that replaces nothing, like "idna"
+        text = data.decode(errors="replace")
+    return text.encode(errors="replace").decode()  # some charsets, like utf-7, hold lone surrogates
 
 
 def _pieces(root: Any, url: str) -> Iterator[str]:
@@ -84,7 +85,7 @@ def _around(node: Any, tag: str, url: str) -> tuple[str, str]:
     if tag in _HEADINGS:
         return f"\n\n{_HEADINGS[tag]} ", "\n\n"
     if tag == "a":
-        link = urljoin(url, _attribute(node, "href").strip()) if _attribute(node, "href") else ""
+        link = _absolute(url, _attribute(node, "href"))
         return ("[", f"]({link})") if link.startswith(("http://", "https://")) else ("", "")
     if tag == "img":
         text = _attribute(node, "alt")
@@ -98,6 +99,14 @@ def _around(node: Any, tag: str, url: str) -> tuple[str, str]:
     if tag in ("br", "tr"):
         return "\n", ""
     return ("\n\n", "\n\n") if tag in _BLOCKS else ("", "")
+
+
+def _absolute(url: str, link: str) -> str:
+    """Where a link leads; empty if nowhere."""
+    try:
+        return urljoin(url, link.strip()) if link else ""
+    except ValueError:  # "http://[domain]/"
+        return ""
 
 
 def _attribute(node: Any, name: str) -> str:

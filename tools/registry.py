@@ -54,7 +54,7 @@ def load_tools(
         except ModuleNotFoundError as error:
             if name not in BUILT_IN:
                 raise
-            detail = f"{name} needs {error.name}: install agentic-actors[tools]"
+            detail = f"{name} needs {error.name}: `make setup` installs it"
             raise ToolError("not_installed", detail) from error
         tool = _as_tool(name, found)
         if tool.name in tools:

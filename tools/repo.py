@@ -22,7 +22,7 @@ from tools.bash import with_exit_code
 from tools.errors import ToolError
 from tools.function import FunctionTool
 from tools.outcome import observe, session_of
-from tools.repositories import RepoOptions, Repositories
+from tools.repositories import RepoOptions, Repositories, require_git
 from tools.sandbox.sandbox import Limits, Outcome, Session
 from tools.tool import Context, Observation, Place, Tool
 
@@ -53,9 +53,15 @@ class Repo(Tool):
         except msgspec.ValidationError as error:
             raise ToolError("bad_options", f"tools.options.repo: {error}") from error
 
+    async def resolve(self, place: Place) -> dict[str, Any]:
+        """See Tool. Nothing is asked; what is missing is said."""
+        require_git()
+        return await super().resolve(place)
+
     @asynccontextmanager
     async def open(self, place: Place) -> AsyncIterator[None]:
         """See Tool."""
+        require_git()
         with self.repositories(place.recipe_dir) as self._repositories:
             yield
         self._repositories = None

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,8 +32,15 @@ from tools.tool import Options
 _FETCH_S = 600.0
 _SOURCE = inspect.getsource(worktree)
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_NO_GIT = "the tool `repo` needs git on this host: install it (apt-get install git)"
 _UPLOAD_PACK = "git -c safe.directory=* -c uploadpack.allowAnySHA1InWant=true upload-pack"
 """The other side of a fetch from this host: any commit may be asked for, whoever owns the repository."""
+
+
+def require_git() -> None:
+    """Raises ToolError where there is none: when a run begins, and not at its first call."""
+    if shutil.which("git") is None:
+        raise ToolError("no_git", _NO_GIT)
 
 
 class RepoOptions(Options, frozen=True):
@@ -178,7 +186,7 @@ async def _git(*arguments: str) -> None:
             stderr=asyncio.subprocess.PIPE,
         )
     except FileNotFoundError as error:
-        raise ToolError("no_git", "the tool `repo` needs git on this host") from error
+        raise ToolError("no_git", _NO_GIT) from error
     try:
         async with asyncio.timeout(_FETCH_S):
             _, said = await process.communicate()

@@ -46,7 +46,7 @@ class Databases:
         """The URL of what a task calls its database. Raises ToolError."""
         if not isinstance(name, str) or not name:
             raise ToolError("no_database", "the task's public.extra has no `database`")
-        place = self._options.databases.get(name, name)
+        told = place = self._options.databases.get(name, name)
         if place.startswith("env:"):
             variable = place.removeprefix("env:")
             place = os.environ.get(variable, "")
@@ -57,7 +57,8 @@ class Databases:
             return place
         path = self._root / place.removeprefix(f"{scheme}://")
         if not path.is_file():
-            raise ToolError("no_database", f"no file {path}")
+            # what a variable holds may be a URL with a password, of a kind that is not known here
+            raise ToolError("no_database", f"no file {path if told == place else told}")
         return f"{scheme or _kind(path)}://{path.resolve()}"
 
     async def ask(self, database: object, query: str, wall_s: float) -> Observation:

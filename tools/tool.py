@@ -39,9 +39,6 @@ Keep = Literal["head", "tail", "both"]
 Effects = Literal["none", "external"]
 """`external`: a call changes the world outside its sandbox and must never run twice."""
 
-PLACEHOLDER = "<image>"
-"""Stands in an observation's text where an image goes."""
-
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
     """A picture as it is stored."""
@@ -66,7 +63,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     """For a tool with `session = True`; so is `keep`."""
     keep: KeepOpen | None = None
     images: list[LoadImage] = []
-    """The images of the trajectory's earlier observations, in order, each to be loaded."""
+    """Those of the task's messages and of earlier observations, in order, each to be loaded."""
     options: Any = None
     """The tool's own options from the recipe; set by the tool before its function runs."""
     opened: Any = None
@@ -117,6 +114,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A longer result is cut; else `tools.observation_chars`."""
     keep: Keep | None = None
     """Which side of it stays; else the tool's own."""
+    imports: list[str] | None = None
+    """Modules that its Python code finds already imported (tier `ns`); else `toolbox.imports`."""
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from http.cookiejar import DefaultCookiePolicy
 from typing import Annotated, NamedTuple
 
 import httpx2
@@ -60,6 +61,8 @@ async def open_reader(options: VisitOptions, _place: Place) -> AsyncIterator[Rea
         httpx2.AsyncClient(trust_env=False) as client,
         open_workers("tools.page:read_page", count=2) as workers,
     ):
+        # what a site says to one trajectory is no business of another's
+        client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))
         yield Reader(Fetcher(client, options), workers, options.cached)
 
 

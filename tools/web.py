@@ -22,15 +22,18 @@ _ROBOTS_BYTES = 500 << 10
 _TEXTS = ("text/", "application/json", "application/xml", "application/xhtml+xml")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
+Host = Annotated[str, Meta(pattern=r"^[\x00-\x7f]*$")]
+"""As requests carry it: `xn--bcher-kva.example`."""
+
 V = TypeVar("V")
 
 
 class WebOptions(Options, frozen=True):
     """What may be fetched."""
 
-    hosts: list[str] = []
+    hosts: list[Host] = []
     """Only these hosts and those below them; empty: any."""
-    private_hosts: list[str] = []
+    private_hosts: list[Host] = []
     """`host` or `host:port` that may have private addresses (this machine, the local network); by default none may."""
     robots: bool = True
     """Obey robots.txt."""
@@ -94,7 +97,7 @@ class Fetcher:
                 response, data = await self._get(url, self._options.max_bytes)
                 if not response.has_redirect_location:
                     return _fetched(url, response, data)
-                url = _parse(str(url.join(response.headers["location"])))
+                url = _parse(response.headers["location"], url)
         raise Refused(f"{address} redirects too often.")
 
     async def _ask_robots(self, url: httpx2.URL) -> None:
@@ -114,7 +117,7 @@ class Fetcher:
             response, data = await self._get(place, _ROBOTS_BYTES)
             if not response.has_redirect_location:
                 break
-            place = _parse(str(place.join(response.headers["location"])))
+            place = _parse(response.headers["location"], place)
         if response.status_code >= 500:
             raise Refused(f"{place} answers with status {response.status_code}.")
         found = response.is_success
@@ -123,17 +126,17 @@ class Fetcher:
     async def _get(self, url: httpx2.URL, max_bytes: int) -> tuple[httpx2.Response, bytes]:
         """One request, to an address that was checked."""
         ip = await self._resolve(url)
-        host = f"{url.host}:{url.port}" if url.port else url.host
+        host = url.raw_host.decode()
         request = self._client.build_request(
             "GET",
             url.copy_with(host=ip),
             headers={
-                "host": host,
+                "host": url.netloc.decode(),
                 "user-agent": self._options.user_agent,
                 "accept": "text/html, text/*;q=0.9, application/json;q=0.9",
                 "accept-encoding": "gzip, deflate",
             },
-            extensions={"sni_hostname": url.host},
+            extensions={"sni_hostname": host},
         )
         try:
             response = await self._client.send(request, stream=True)
@@ -141,13 +144,13 @@ class Fetcher:
                 return response, await _read(response, max_bytes)
             finally:
                 await response.aclose()
-        except httpx2.HTTPError as error:
+        except (httpx2.HTTPError, UnicodeError) as error:  # it reads redirects before we do
             reason = str(error) or type(error).__name__
-            raise Refused(f"{url.host} does not answer: {reason}") from error
+            raise Refused(f"{host} does not answer: {reason}") from error
 
     async def _resolve(self, url: httpx2.URL) -> str:
         """An address of the host. Raises Refused unless it may be asked and all its addresses are public."""
-        host, port = url.host, url.port or (443 if url.scheme == "https" else 80)
+        host, port = url.raw_host.decode(), url.port or (443 if url.scheme == "https" else 80)
         hosts = self._options.hosts
         if hosts and not any(host == one or host.endswith(f".{one}") for one in hosts):
             raise Refused(f"{host} is not among the sites that may be visited: {', '.join(hosts)}.")
@@ -176,12 +179,19 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
-def _parse(address: str) -> httpx2.URL:
+def _parse(address: str, base: httpx2.URL | None = None) -> httpx2.URL:
+    """The URL, which may be relative to `base`. Raises Refused unless it can be asked for.
+
+    Of its host we use `raw_host` alone: `host`, in which international names are decoded, may raise, and need not be
+    the name that is resolved.
+    """
     try:
-        url = httpx2.URL(address.strip())
-    except (httpx2.InvalidURL, UnicodeError) as error:
+        url = base.join(address) if base else httpx2.URL(address.strip())
+    except (httpx2.InvalidURL, ValueError) as error:
         raise Refused(f"{address[:200]!r} is not a URL: {error}") from error
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.port is not None and not 0 < url.port < 1 << 16:
+        raise Refused(f"{address[:200]!r} has no port that there is.")
+    if url.scheme not in ("http", "https") or not url.raw_host:
         raise Refused(f"{address[:200]!r} is not an http or https URL.")
     if url.userinfo:
         raise Refused("A URL with a password is not visited.")

@@ -69,10 +69,10 @@ class Workers:
                 await self._end(child)
                 raise Late from None
             except (asyncio.IncompleteReadError, ConnectionError) as error:
-                with contextlib.suppress(
-                    TimeoutError
-                ):  # it has closed its pipe; let it say how it ends
-                    await asyncio.wait_for(child.wait(), _ENDING_S)
+                # it has closed its pipe; let it say how it ends
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_ENDING_S):
+                        await child.wait()
                 await self._end(child)
                 detail = f"a child process for {self._function} ended with {child.returncode}"
                 raise ToolError("worker_died", detail) from error

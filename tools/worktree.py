@@ -244,6 +244,8 @@ def _unpack(git_dir: str, pack: bytes, commit: str) -> None:
 def _told(error: OSError | subprocess.CalledProcessError) -> str:
     if isinstance(error, subprocess.CalledProcessError):
         return f"git: {error.stderr.decode(errors='replace').strip()}"
+    if error.filename in ("git", "bash"):
+        return f"there is no {error.filename} in the sandbox, and the tool `repo` needs it: install it there"
     return f"{error.strerror}: {error.filename}"
 
 

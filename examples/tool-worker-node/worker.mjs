@@ -9,7 +9,7 @@ import { basename, resolve } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { pathToFileURL } from "node:url";
 import { decode, encode } from "@msgpack/msgpack";
-import { connect, createInbox, headers } from "@nats-io/transport-node";
+import { connect, createInbox, headers, nkeyAuthenticator } from "@nats-io/transport-node";
 
 const [folder, module, queueName] = process.argv.slice(2);
 const tool = await import(pathToFileURL(resolve(module)));
@@ -24,11 +24,13 @@ const KEEP_MS = 1500; // the server gives a message to another when it hears not
 const MOVED = 10071; // "wrong last sequence"
 const MAX_DELIVERIES = 10;
 
-const server = JSON.parse(readFileSync(`${folder}/endpoint.json`)).endpoint; // [1]
+const INBOX = "_INBOX.toolbox";
+const login = JSON.parse(readFileSync(`${folder}/endpoint.json`)).logins.by_role.toolbox; // [1]
 const client = await connect({
-  servers: server.url,
-  user: server.user,
-  pass: server.password,
+  servers: login.url,
+  authenticator: nkeyAuthenticator(new TextEncoder().encode(login.seed)),
+  inboxPrefix: INBOX,
+  tls: login.ca ? { caFile: login.ca } : undefined,
   name: replica,
   maxReconnectAttempts: 120,
   reconnectTimeWait: 250,
@@ -66,8 +68,8 @@ async function readTrajectory(id) {
     const query = { seq: state.seq + 1, next_by_subj: `log.${run}.t.${id}.*` };
     const stored = await client.request("$JS.API.DIRECT.GET.LOG", JSON.stringify(query), { timeout: 3000 });
     if (stored.headers.code) return state.admitted && state; // 404: that was all
-    state.seq = Number(stored.headers.get("Nats-Sequence")); // also of junk: the next append expects it
-    const kind = stored.headers.get("Nats-Subject").split(".").at(-1);
+    state.seq = Number(stored.headers.last("Nats-Sequence")); // also of junk: the next append expects it
+    const kind = stored.headers.last("Nats-Subject").split(".").at(-1);
     try {
       const event = read(stored.data);
       if (event.kind === kind && event.trajectory === id) fold(state, event);
@@ -201,7 +203,7 @@ let stopping = false;
 
 // One call at a time. What comes bears the subject of its queue, so a request's own inbox would not know it.
 async function serve() {
-  const inbox = createInbox();
+  const inbox = createInbox(INBOX);
   let take = null;
   client.subscribe(inbox, {
     callback: (_, message) => {

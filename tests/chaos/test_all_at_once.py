@@ -3,8 +3,6 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,40 +20,21 @@ RECIPE = [
 ]  # fmt: skip
 
 
-def actors(runs: Path, *arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "actors", *arguments],
-        env=os.environ | {"ACTORS_RUNS": str(runs)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def rows(runs: Path) -> int:
-    path = runs / RUN / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def test_ten_ends_and_one_run(tmp_path: Path) -> None:
+def test_ten_ends_and_one_run(tmp_path: Path, machine_at) -> None:
     """SIGKILL of the supervisor takes all with it; the run goes on from its log, and its accounts balance."""
+    machine = machine_at(tmp_path)
     moments = random.Random(7)
     for _ in range(KILLS):
-        before = rows(tmp_path)
-        process = actors(tmp_path, "train", *RECIPE)
-        deadline = time.monotonic() + 300
-        while rows(tmp_path) == before and process.poll() is None:
-            assert time.monotonic() < deadline, "no step in five minutes"
-            time.sleep(0.05)
+        before = machine.rows(RUN)
+        process = machine.start("train", *RECIPE)
+        machine.until(
+            lambda known=before, run=process: machine.rows(RUN) != known or run.poll() is not None,
+            "a step",
+        )
         time.sleep(moments.uniform(0.0, 1.5))
         assert process.poll() is None, process.communicate()[0]
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-    last = actors(tmp_path, "train", *RECIPE)
-    output, _ = last.communicate(timeout=400)
-    assert last.returncode == 0, output
-    for command in ("verify", "replay"):
-        check = actors(tmp_path, command, "--run", RUN)
-        output, _ = check.communicate(timeout=200)
-        assert check.returncode == 0, output
+    machine.say("train", *RECIPE)
+    machine.say("verify", "--run", RUN)
+    machine.say("replay", "--run", RUN)

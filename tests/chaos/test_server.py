@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,6 @@ from schemas.recipe import Recipe
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    # nats-py leaves the writers of attempts that timed out to the garbage collector
-    pytest.mark.filterwarnings("ignore:.*StreamWriter:pytest.PytestUnraisableExceptionWarning"),
 ]
 
 STEPS = 40
@@ -62,20 +60,9 @@ async def test_a_server_that_hangs_for_20_s_costs_20_s() -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path, make_small_disk: Callable[[Path, int], Path]) -> Path:
     """A file system of 160 MB, where the run's server has its store."""
-    store = tmp_path / "full" / "nats"
-    store.mkdir(parents=True)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=160m", "none", str(store)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"no small disk: mount says {mounted.stderr.strip()!r} (needs root)")
-    yield store
-    subprocess.run(["umount", "-l", str(store)], check=True)
+    return make_small_disk(tmp_path / "full" / "nats", 160)
 
 
 def fill(path: Path) -> None:

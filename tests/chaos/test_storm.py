@@ -13,13 +13,11 @@ from bench.storm import ROLES, Storm
 from bus import subjects
 from schemas.events import Stepped
 
-STEPS = 40
+STEPS = 28
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    # nats-py leaves the writers of attempts that timed out to the garbage collector
-    pytest.mark.filterwarnings("ignore:.*StreamWriter:pytest.PytestUnraisableExceptionWarning"),
 ]
 
 

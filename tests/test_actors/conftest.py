@@ -1,7 +1,8 @@
 """The smallest model of the recipes: its tokenizer and chat template are what the hops need."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+import shutil
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from math import log as ln
 from pathlib import Path
@@ -47,12 +48,12 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AtHome:
     @asynccontextmanager
     async def open_home() -> AsyncIterator[tuple[Bus, Log]]:
         folder = run_folder.RunFolder("test")
-        server = EmbeddedServer(folder.nats)
+        server = EmbeddedServer(folder.nats, unrestricted=True)
         server.start()
         async with connect(server.endpoint, "test") as bus, open_log(bus, "test") as log:
             await provision(bus, "test", ["python"])
             await log.append_run(Opened(recipe=Recipe(policy=Policy(model="m"))))
-            folder.write_endpoint(server.endpoint)
+            folder.write_endpoint(server.logins)
             yield bus, log
         folder.remove_endpoint()
         server.stop()
@@ -65,7 +66,7 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AtHome:
 UNIFORM = -ln(32)
 """Near what an untrained model says of any token of a vocabulary so small."""
 
-Learn = Callable[[str, Recipe, Mapping[str, Sequence[str]]], Coroutine[None, None, None]]
+Learn = Callable[[str, Recipe, Mapping[str, Sequence[str]]], Path]
 
 
 def _life(name: str, text: str, number: int) -> list[AnyTrajectoryEvent]:
@@ -84,8 +85,11 @@ def _life(name: str, text: str, number: int) -> list[AnyTrajectoryEvent]:
 
 
 @pytest.fixture(scope="session")
-def learn() -> Learn:
-    """Writes a run's log, of groups with their members' answers, and lets a learner train on it to its end."""
+def learn(tmp_path_factory: pytest.TempPathFactory) -> Learn:
+    """Writes a run's log, of groups with their members' answers, and lets a learner train on it to its end.
+
+    Returns a folder for runs with that one in it.
+    """
 
     async def write(log: Log, bus: Bus, groups: Mapping[str, Sequence[str]]) -> None:
         for group, texts in groups.items():
@@ -104,7 +108,7 @@ def learn() -> Learn:
     async def learn_all(run: str, recipe: Recipe, groups: Mapping[str, Sequence[str]]) -> None:
         from actors.training import Training
 
-        server = EmbeddedServer(run_folder.RunFolder(run).nats)
+        server = EmbeddedServer(run_folder.RunFolder(run).nats, unrestricted=True)
         server.start()
         try:
             async with connect(server.endpoint, "test") as bus, open_log(bus, run) as log:
@@ -118,4 +122,20 @@ def learn() -> Learn:
         finally:
             server.stop()
 
-    return learn_all
+    def learn_in_a_folder(run: str, recipe: Recipe, groups: Mapping[str, Sequence[str]]) -> Path:
+        runs = tmp_path_factory.mktemp("runs")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_folder, "RUNS", runs)
+            asyncio.run(learn_all(run, recipe, groups))
+        return runs
+
+    return learn_in_a_folder
+
+
+@pytest.fixture
+def runs(learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy, for one test, of what the module's fixture `learned` has from `learn`."""
+    copy = tmp_path / "runs"
+    shutil.copytree(learned, copy)
+    monkeypatch.setattr(run_folder, "RUNS", copy)
+    return copy

@@ -4,6 +4,7 @@ import functools
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -616,11 +617,15 @@ async def test_a_stored_run_is_audited(bus: Bus, log: BusLog) -> None:
 
 
 async def test_the_exit_status_says_whether_it_balances(
-    server: EmbeddedServer, bus: Bus, log: BusLog, capsys: pytest.CaptureFixture[str]
+    server: EmbeddedServer,
+    bus: Bus,
+    log: BusLog,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     """0 and a table; 1 and a line for the broken rule with who breaks it; the same as JSON."""
-    at = server.endpoint
-    url = f"nats://{at.user}:{at.password}@{at.url.removeprefix('nats://')}"
+    url = str(tmp_path / "logins")
+    server.logins.write(tmp_path / "logins")
     await write(bus, log, played(1))
     assert await verify(log.run, url, as_json=False) == 0
     assert capsys.readouterr().out.endswith("balanced: each has one fate\n")

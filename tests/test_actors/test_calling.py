@@ -13,7 +13,8 @@ from actors.images import Images
 from actors.toolbox import Toolbox
 from engines.chat import Chat
 from engines.scripted import ScriptedEngine
-from schemas.events import Admitted, AnyTrajectoryEvent, Call, StoredImage, Turn
+from schemas.events import Admitted, AnyTrajectoryEvent, Call, Turn
+from schemas.images import StoredImage
 from schemas.recipe import Policy, Recipe, Tools
 from schemas.task import ChatMessage, PublicPart
 from schemas.tokens import Tokens

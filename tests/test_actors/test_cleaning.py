@@ -37,6 +37,8 @@ async def test_the_first_and_the_newest_stay(bus: Bus) -> None:
     without = replace(RECIPE, evaluation=Evaluation())
     assert old_weights(bus, without).keep(1) >= {0, 1}
     assert old_weights(bus, without).keep(42) == {0, 40, 41, 42}
+    one = replace(without, learner=Learner(weights_kept=1))
+    assert old_weights(bus, one).keep(42) == {0, 41, 42}, "41 is the newest until 42 is there"
 
 
 async def test_what_is_to_be_evaluated_stays_until_a_later_one_is(bus: Bus) -> None:
@@ -73,8 +75,8 @@ async def test_a_run_keeps_its_store_small(bus: Bus) -> None:
         weights = b"%d" % version * 1000
         name = policy.store.hashlib.sha256(weights).hexdigest()
         pointer = WeightsPointer(policy_version=version, weights_sha256=name, assets_sha256=assets)
-        await policy.publish_policy(bus, "test", pointer, weights)
         await cleaning.delete(version)
+        await policy.publish_policy(bus, "test", pointer, weights)
         assert await policy.load_weights(bus, "test", pointer) == weights
         assert len(await policy.store.objects(bus, policy.BUCKET, "test")) <= 1 + 4
     assert await policy.version(bus, "test", 5) is None

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 
+import pytest
 from msgspec.structs import replace
 
 from actors.decisions import Admit, Decision, End, Finish, Sweep, View, Wake
@@ -483,6 +484,16 @@ def test_a_group_with_a_stale_member_is_expired_and_its_task_comes_again() -> No
     assert played.admit(version=2) == ["g0r1-0-0", "g0r1-1-0"]
     again = played.admitted[-1]
     assert (again.task, again.private_key, again.min_policy_version) == ("r0", "g0", 2)
+
+
+@pytest.mark.parametrize("versions", [(0, 1), (1, 0)])
+def test_a_member_is_as_old_as_its_oldest_turn(versions: tuple[int, int]) -> None:
+    """The second may come from a replica that lags behind."""
+    played = Played()
+    played.admit()
+    for version in versions:
+        played.append(turn("g0-1-0", version=version, calls=1))
+    assert sorted(ended(played.patrol(version=2))) == ["g0-0-0", "g0-1-0"]
 
 
 def test_a_member_admitted_after_its_group_was_closed_is_dropped() -> None:

@@ -1,16 +1,19 @@
 """The dispatcher joined to a real server: ends behind junk, a lost lease, and what it remembers."""
 
 import asyncio
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
 from actors.decisions import Admit
 from actors.dispatching import Dispatching
+from actors.errors import RecipeError
 from actors.heartbeat import Vitals
 from actors.process import Process
-from bus import store, subjects
+from bus import policy, store, subjects
 from bus.connection import Bus
 from bus.log import Log, Stored
 from schemas.events import (
@@ -25,7 +28,7 @@ from schemas.events import (
     Step,
     Turn,
 )
-from schemas.messages import DeadLetter
+from schemas.messages import DeadLetter, WeightsPointer
 from schemas.recipe import Asynchrony, Data, Policy, Recipe
 from schemas.task import PublicPart
 from schemas.tokens import Tokens
@@ -138,6 +141,45 @@ async def test_a_dispatcher_that_lost_its_lease_stands_by(bus: Bus, log: Log) ->
     await until(lambda: vitals.phase == "")
     joined._process.stopping.set()
     await asyncio.wait_for(served, 10.0)
+
+
+ROWS = """
+from schemas.task import ChatMessage, PublicPart, TaskRow
+
+LARGE = {"tests": "x" * (9 << 20)}
+
+def row(name, public, private):
+    messages = [ChatMessage(role="user", content="?")]
+    return TaskRow(id=name, public=PublicPart(messages=messages, extra=public), private=private)
+
+def public(seed):
+    yield row("small", {}, {})
+    yield row("vast", LARGE, {})
+
+def private(seed):
+    yield row("small", {}, {})
+    yield row("vast", {}, LARGE)
+"""
+
+
+@pytest.mark.parametrize("part", ["public", "private"])
+async def test_a_row_that_no_message_holds_ends_the_run(
+    bus: Bus, log: Log, tmp_path: Path, part: str
+) -> None:
+    """By its name and the part that is too large; it could never be admitted, and all others would wait for it."""
+    (tmp_path / "rows.py").write_text(ROWS)
+    recipe = replace(RECIPE, data=Data(rows=f"rows:{part}"))
+    pointer = WeightsPointer(
+        policy_version=0,
+        weights_sha256=hashlib.sha256(b"w").hexdigest(),
+        assets_sha256=await policy.publish_assets(bus, log.run, {}),
+    )
+    await policy.publish_policy(bus, log.run, pointer, b"w")
+    vitals = Vitals(run=log.run, role="dispatcher", replica="dispatcher-h-1")
+    process = Process(bus, log, recipe, str(tmp_path), vitals, asyncio.Event())
+    async with asyncio.timeout(30.0):
+        with pytest.raises(RecipeError, match=rf"task vast: {part}: 94\d+ bytes .* holds 83\d+"):
+            await Dispatching(process).serve()
 
 
 async def until(is_so: Callable[[], bool]) -> None:

@@ -76,7 +76,10 @@ class Stack:
                     return found
                 await asyncio.sleep(0.05)
 
-        async with connect(self.live.endpoint, "test") as bus, asyncio.timeout(PATIENCE_S):
+        async with (
+            connect(self.live.logins.of("operator"), "test") as bus,
+            asyncio.timeout(PATIENCE_S),
+        ):
             await fleet.hear(bus, RUN)
             yield beat
 

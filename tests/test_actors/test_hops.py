@@ -27,9 +27,9 @@ from schemas.events import (
     Evaluated,
     Result,
     Scored,
-    StoredImage,
     Turn,
 )
+from schemas.images import StoredImage
 from schemas.recipe import Policy, Recipe
 from schemas.recipe import Tools as ToolsSection
 from schemas.task import ChatMessage, PublicPart, TaskRow
@@ -86,6 +86,9 @@ class Stage:
 
     def text(self, ids: object) -> str:
         return str(self.chat._tokenizer.decode(list(ids)))  # type: ignore[call-overload]
+
+    def ids(self, text: str) -> list[int]:
+        return list(self.chat._tokenizer.encode(text, add_special_tokens=False))
 
 
 def state_of(*events: AnyTrajectoryEvent, admitted: Admitted = ADMITTED) -> Trajectory:
@@ -171,15 +174,37 @@ async def test_a_malformed_call_gets_feedback_and_another_turn(model_folder: Pat
 
 
 async def test_the_last_of_max_turns_is_the_last(model_folder: Path) -> None:
-    """Even if it calls a tool: the call is on record and does not run."""
+    """Even if it calls a tool: the call is on record and does not run, and the turn says that a limit ended it."""
     stage = await scripted(model_folder, *["<python>1</python>"] * 3)
     events: list[AnyTrajectoryEvent] = []
     for index in range(3):
         turn = await stage.generator.handle(state_of(*events))
         assert turn.last == (index == 2)
+        assert turn.finish_reason == ("length" if turn.last else "stop")
         events += [turn, Result(trajectory="g0-0-0", turn=index, call=0, text="1")]
     assert turn.calls
     assert state_of(*events[:-1]).next_hop == ("score", "")
+
+
+@pytest.mark.parametrize(("reply", "reason"), [("</python>", "length"), ("4042", "stop")])
+async def test_at_the_last_of_max_turns_a_limit_ends_only_what_would_go_on(
+    model_folder: Path, reply: str, reason: str
+) -> None:
+    """A call that could not be read would have been explained; an answer is complete."""
+    recipe = replace(RECIPE, policy=replace(RECIPE.policy, max_turns=1))
+    stage = await scripted(model_folder, reply, recipe=recipe)
+    turn = await stage.generator.handle(state_of())
+    assert (turn.finish_reason, turn.last) == (reason, True)
+
+
+async def test_a_call_that_is_the_answer_ends_the_trajectory_by_itself(model_folder: Path) -> None:
+    """It is no limit that ends it, in the last of max_turns neither; the call is on record and does not run."""
+    policy = replace(RECIPE.policy, max_turns=1, max_turn_tokens=40)
+    recipe = replace(RECIPE, policy=policy, tools=replace(RECIPE.tools, use=["python", "finish"]))
+    stage = await scripted(model_folder, "<finish>4042</finish>", recipe=recipe)
+    turn = await stage.generator.handle(state_of())
+    assert turn.calls == [Call(tool="finish", arguments={"answer": "4042"})]
+    assert (turn.finish_reason, turn.last) == ("stop", True)
 
 
 async def test_a_turn_that_is_too_long_is_the_last(model_folder: Path) -> None:
@@ -242,6 +267,26 @@ async def test_a_turn_that_was_cut_short_goes_on(model_folder: Path) -> None:
     assert done.turn_text == "<python>47*86</python>"
     assert done.turn_count == 1
     assert list(done.tokens.versions_T)[given:] == [0] * 3 + [1] * end.tokens.sampled_count
+
+
+@pytest.mark.parametrize("kept", ["", "<", "</pyt", "</python"])
+async def test_a_turn_that_was_cut_within_a_closing_tag_ends_with_it(
+    model_folder: Path, kept: str
+) -> None:
+    """The call is whole with the tag's last token: nothing is sampled after it, and it runs."""
+    head, tag = "<python>47*86", "</python>"
+    stage = await scripted(model_folder, f"{tag.removeprefix(kept)} 4042")
+    ids = [id_ for text in (head, *kept) for id_ in stage.ids(text)]
+    given = stage.chat.prompt_ids([QUESTION])
+    piece = Turn(
+        trajectory="g0-0-0",
+        tokens=Tokens.given(given) + Tokens.sampled(ids, [0.0] * len(ids), [0] * len(ids)),
+        text=head + kept,
+        finish_reason="partial",
+    )
+    end = await stage.generator.handle(state_of(piece))
+    assert (end.text, end.finish_reason, end.last) == (tag.removeprefix(kept), "stop", False)
+    assert state_of(piece, end).next_call == (0, Call(tool="python", arguments={"code": "47*86"}))
 
 
 async def test_the_pieces_of_a_turn_share_its_limit(model_folder: Path) -> None:

@@ -5,9 +5,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hub(folder: Path) -> Iterator[str]:
+def hub(folder: Path, http_serving) -> Iterator[str]:
     """Its address. It has one model, the folder's."""
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     tree = [
@@ -57,16 +56,8 @@ def hub(folder: Path) -> Iterator[str]:
 
         do_HEAD = do_GET
 
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with http_serving(Handler) as url:
+        yield url
 
 
 def test_a_model_of_a_hub_by_name(hub: str, folder: Path, tmp_path: Path) -> None:

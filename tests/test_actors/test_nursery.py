@@ -12,18 +12,22 @@ import pytest
 from actors.nursery import Nursery, Order
 from bus.connection import Endpoint
 
-NOWHERE = Endpoint(url="nats://127.0.0.1:1")
+NOBODY = Endpoint(url="nats://127.0.0.1:1")
+"""A replica looks for it for five seconds."""
+NOWHERE = Endpoint(url="nats://127.0.0.1:none")
+"""A replica ends at once."""
 
 
 @pytest.fixture
 async def nursery(tmp_path: Path) -> AsyncIterator[Nursery]:
-    made = Nursery(NOWHERE, tmp_path / "nursery.log")
+    made = Nursery(tmp_path / "nursery.log")
     yield made
     await made.close()
 
 
-def order(folder: Path, *imports: str) -> Order:
-    return Order(role="scorer", run="r", log=str(folder / "scorer.log"), imports=list(imports))
+def order(folder: Path, *imports: str, endpoint: Endpoint = NOWHERE) -> Order:
+    log = str(folder / "scorer.log")
+    return Order(role="scorer", run="r", endpoint=endpoint, log=log, imports=list(imports))
 
 
 async def test_a_replica_ends_with_its_own_status_and_log(nursery: Nursery, tmp_path: Path) -> None:
@@ -44,7 +48,7 @@ async def test_imports_are_made_once(nursery: Nursery, tmp_path: Path) -> None:
 async def test_a_killed_nursery_ends_its_replicas_and_is_replaced(
     nursery: Nursery, tmp_path: Path
 ) -> None:
-    child = await nursery.start(order(tmp_path))
+    child = await nursery.start(order(tmp_path, endpoint=NOBODY))
     process = psutil.Process(child.pid)
     parent = process.parent()
     assert parent is not None
@@ -60,9 +64,10 @@ async def test_a_nursery_that_hangs_is_killed_and_replaced(
     nursery: Nursery, tmp_path: Path
 ) -> None:
     """An order that it does not carry out in time ends it; the next one starts another."""
-    child = await nursery.start(order(tmp_path))
+    child = await nursery.start(order(tmp_path, endpoint=NOBODY))
     parent = psutil.Process(child.pid).parent()
     assert parent is not None
+    child.send_signal(signal.SIGKILL)
     await child.wait()
     parent.suspend()
     nursery.patience_s = 1.0
@@ -75,17 +80,33 @@ async def test_a_nursery_that_hangs_is_killed_and_replaced(
 
 async def test_a_nursery_that_hangs_can_be_closed(nursery: Nursery, tmp_path: Path) -> None:
     """It does not keep whoever leaves."""
-    child = await nursery.start(order(tmp_path))
+    child = await nursery.start(order(tmp_path, endpoint=NOBODY))
     parent = psutil.Process(child.pid).parent()
     assert parent is not None
+    child.send_signal(signal.SIGKILL)
     await child.wait()
     parent.suspend()
     await nursery.close()
     assert not parent.is_running()
 
 
+async def test_what_a_killed_replica_leaves_is_cleared_up(
+    nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its temporary files are in a folder of its own."""
+    scratch = tmp_path / "scratch"
+    os.mkdir(scratch)
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    child = await nursery.start(order(tmp_path, endpoint=NOBODY))
+    (folder,) = os.listdir(scratch)
+    (scratch / folder / "file").write_text("left")
+    child.send_signal(signal.SIGKILL)
+    await child.wait()
+    assert not os.listdir(scratch)
+
+
 async def test_a_signal_is_its_status(nursery: Nursery, tmp_path: Path) -> None:
-    child = await nursery.start(order(tmp_path))
+    child = await nursery.start(order(tmp_path, endpoint=NOBODY))
     child.send_signal(signal.SIGKILL)
     assert await child.wait() == -signal.SIGKILL
     child.send_signal(signal.SIGKILL)  # of one that has ended nothing comes

@@ -284,6 +284,21 @@ def test_stragglers_are_those_that_the_next_step_makes_too_stale() -> None:
     assert learning.planner.stragglers(2) == ["g0-0-0", "g0-1-0"]
 
 
+def test_a_straggler_is_as_old_as_its_oldest_turn() -> None:
+    """A drain may end a turn before its first token, and a replica may lag behind another."""
+    learning = Learning()
+    learning.append(
+        Admitted(trajectory="g0-0-0", task="", public=PublicPart(messages=[]), private_key=""),
+        Turn(trajectory="g0-0-0", tokens=Tokens(), text="", finish_reason="partial"),
+    )
+    assert learning.planner.stragglers(9) == []
+    for version in (5, 3):
+        learning.append(
+            Turn(trajectory="g0-0-0", tokens=tokens(version), text="", finish_reason="partial")
+        )
+    assert learning.planner.stragglers(4) == ["g0-0-0"]
+
+
 # -- recovery --------------------------------------------------------------------------------------
 
 

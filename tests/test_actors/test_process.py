@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from msgspec import structs
 
 from actors.actor import HopFailed
 from actors.heartbeat import Vitals
@@ -15,7 +16,7 @@ from bus.embedded import EmbeddedServer
 from bus.errors import Missing
 from bus.log import Log
 from bus.work import open_queue, publish_work
-from schemas.events import Admitted, Event, Turn
+from schemas.events import Admitted, Event, Scored, Turn
 from schemas.messages import DeadLetter
 from schemas.recipe import Deadlines, Policy, Recipe
 from schemas.task import PublicPart
@@ -132,6 +133,22 @@ async def test_a_handler_that_keeps_failing_leaves_a_letter(
     assert actor.handled == [state.id] * 2
 
 
+async def test_a_turn_that_no_message_holds_leaves_a_letter(bus: Bus, log: Log) -> None:
+    """It has failed like any other hop, with its size and the limit, and is not sent again and again."""
+
+    class Rambles(Says):
+        async def handle(self, state: Trajectory) -> Turn:
+            return structs.replace(await super().handle(state), text="x" * (9 << 20))
+
+    actor = Rambles(nothing)
+    async with serving(bus, log, actor):
+        (state,) = await admit(bus, log)
+        letter = await first_letter(bus, log.run)
+    assert (letter.boundary, letter.code, letter.trajectory) == ("bus", "toolarge", state.id)
+    assert f"a message of the bus holds {bus.client.max_payload}" in letter.error
+    assert actor.handled == [state.id] * 2
+
+
 async def test_a_message_that_is_none_leaves_a_letter(bus: Bus, log: Log) -> None:
     """Of the bus, and of no trajectory: that of which it should have told is swept."""
     async with serving(bus, log, Says(nothing)):
@@ -230,3 +247,53 @@ async def test_a_server_that_goes_in_the_middle_of_a_hop_costs_no_failure(
         await until_turns(log, 1)
     assert actor.handled == [state.id]
     assert await dead_letters(bus, log.run) == []
+
+
+async def test_a_server_that_goes_while_a_handler_asks_it_costs_no_failure(
+    server: EmbeddedServer, bus: Bus, log: Log
+) -> None:
+    """However often: the hop is tried again until it is answered."""
+    goes = RECIPE.deadlines.handler_failures + 1
+
+    async def handle(_: Trajectory) -> None:
+        asking = asyncio.create_task(bus.request("$JS.API.INFO", b""))
+        if len(actor.handled) <= goes:
+            server.stop()
+            server.start()
+        await asking
+
+    actor = Says(handle)
+    async with serving(bus, log, actor):
+        await admit(bus, log)
+        await until_turns(log, 1)
+    assert len(actor.handled) == goes + 1
+    assert await dead_letters(bus, log.run) == []
+
+
+class Scores(Says):
+    """A scorer for which the last turn's length is the reward."""
+
+    stage = "score"
+    produces = (Scored,)
+
+    async def handle(self, state: Trajectory) -> Scored:  # type: ignore[override]
+        return Scored(trajectory=state.id, reward=float(len(state.turns[-1].text)))
+
+
+async def test_a_reward_is_for_what_the_log_says(bus: Bus, log: Log) -> None:
+    """Whoever may wake scorers may carry any state in the message: it is not believed."""
+    admitted = Admitted(
+        trajectory="g0-0-0", task="t", public=PublicPart(messages=[]), private_key=""
+    )
+    state = Trajectory(admitted=admitted, seq=await log.append(admitted, 0))
+    tokens = Tokens.sampled([1], [0.0], [0])
+    turn, better = (
+        Turn(trajectory="g0-0-0", tokens=tokens, text=text, last=True) for text in ("a", "abc")
+    )
+    seq = await log.append(turn, state.seq)
+    forged = structs.replace(state, turns=[better], seq=seq)
+    await publish_work(bus, log.run, forged)
+    async with serving(bus, log, Scores(nothing)), asyncio.timeout(WAIT_S):
+        while (found := await log.trajectory("g0-0-0")) is None or found.scored is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    assert found.scored.reward == 1.0

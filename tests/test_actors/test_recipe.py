@@ -2,6 +2,7 @@
 
 import tomllib
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from actors.errors import RecipeError
+from actors.preflight import check_names
 from actors.recipe import load_recipe, to_toml
 from schemas.recipe import Recipe
 
@@ -186,3 +188,11 @@ def test_what_is_printed_is_what_is_read(path: Path) -> None:
     path.write_text(to_toml(recipe))
     assert load_recipe(path) == recipe
     assert replace(load_recipe(path), seed=1) != recipe
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_vllm_that_is_not_installed_is_said(path: Path) -> None:
+    """Before anything is started, with what to install."""
+    recipe = load_recipe(path, ["generator.engine=vllm", "data.rows=json:loads"])
+    with pytest.raises(RecipeError, match=r"generator\.engine: needs vLLM: pip install vllm=="):
+        check_names(recipe, "")

@@ -474,3 +474,31 @@ async def test_neither_redelivery_nor_sweep_acts_again(
     causes = {(each.letter.boundary, each.letter.code, each.letter.seq) for each in letters}
     assert causes == {("tool", "outcome_unknown", state.seq)}
     assert world.effects == []
+
+
+async def test_who_is_second_to_begin_asks_the_first(start: Start) -> None:
+    """The log says who may act; the other, who would have, waits for it and not for itself."""
+    world = World()
+    first, second, episode = await start("1", world), await start("2", world), Episode()
+    episode.ask("send", "a letter")
+    too_late = await second.routing.handle(episode.state)
+    episode.fold(await first.routing.handle(episode.state))
+    assert isinstance(too_late, Started)
+    async with asyncio.timeout(SECONDS):
+        results = await asyncio.gather(
+            *(replica.routing.handle(episode.state) for replica in (second, first))
+        )
+    assert results[0] == results[1]
+    assert world.effects == ["a letter"]
+
+
+async def test_a_beginner_that_never_heard_of_it_acts_when_asked(start: Start) -> None:
+    """Its `started` was stored, and its own wake-up went to another."""
+    world = World()
+    first, second, episode = await start("1", world), await start("2", world), Episode()
+    episode.ask("send", "a letter")
+    episode.fold(await first.routing.handle(episode.state))
+    async with asyncio.timeout(SECONDS):
+        result = await second.routing.handle(episode.state)
+        assert await first.routing.handle(episode.state) == result
+    assert (result.replica, world.effects) == ("1", ["a letter"])

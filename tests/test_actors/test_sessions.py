@@ -26,11 +26,11 @@ async def nothing(*_: object) -> list[object]:
     return []
 
 
-async def toolbox(name: str, sessions: int = 8) -> Toolbox:
+async def toolbox(name: str, sessions: int = 8, sessions_mb: int = 4096) -> Toolbox:
     recipe = Recipe(
         policy=Policy(model="m"),
         tools=ToolsSection(use=TOOLS, tier="ns"),
-        toolbox=ToolboxSection(sessions=sessions),
+        toolbox=ToolboxSection(sessions=sessions, sessions_mb=sessions_mb),
     )
     images = Images(nothing, nothing)  # type: ignore[arg-type]
     return Toolbox(recipe, load_tools(TOOLS), await open_sandbox("ns"), images, name)
@@ -123,6 +123,59 @@ async def test_an_evicted_session_is_made_anew() -> None:
         assert await episode.call(box, "python_session", "x") == str(number)
     assert len(box.sessions._kept) == 2
     await box.close()
+
+
+async def test_sessions_share_a_memory_budget() -> None:
+    """Those that rest longest go, until the rest fits; one that is in use stays, and none notices."""
+    box = await toolbox("toolbox-1", sessions_mb=150)
+    episodes = [Episode(f"g0-{member}-0") for member in range(4)]
+    for episode in episodes:
+        await episode.call(box, "python_session", "x = bytearray(b'1') * (50 << 20)")
+    await box.sessions.free_memory()
+    assert [key.trajectory for key in box.sessions._kept] == ["g0-2-0", "g0-3-0"]
+    async with asyncio.TaskGroup() as group:
+        using = "import time; time.sleep(1); x = bytearray(b'2') * (140 << 20); time.sleep(1)"
+        group.create_task(episodes[2].call(box, "python_session", using))
+        await asyncio.sleep(0.5)
+        assert await episodes[0].call(box, "python_session", "x[-1]") == "49", "made anew"
+        await box.sessions.free_memory()
+    assert "g0-2-0" in [key.trajectory for key in box.sessions._kept]
+    assert await episodes[1].call(box, "python_session", "len(x) >> 20") == "50", "made anew"
+    assert box.made_anew == 2
+    await box.close()
+
+
+async def test_what_runs_in_the_background_is_measured_too() -> None:
+    """A session that grows between two calls is closed by the toolbox's watch."""
+    box = await toolbox("toolbox-1", sessions_mb=50)
+    episode = Episode()
+    async with asyncio.TaskGroup() as group:
+        watch = group.create_task(box.sessions.watch_memory())
+        grow = "zeros() { head -c $1 /dev/zero; }; zeros 40M > /tmp/f; (sleep 1; zeros 15M > /dev/shm/f) & echo begun"
+        assert (await episode.call(box, "bash", grow)).endswith("begun")
+        async with asyncio.timeout(20):
+            while box.sessions._kept:  # noqa: ASYNC110 - sessions send no events
+                await asyncio.sleep(0.01)
+        watch.cancel()
+    assert await episode.call(box, "bash", "ls /tmp/f") == "/tmp/f", "made anew"
+    await box.close()
+
+
+@pytest.mark.parametrize("meanwhile", ["freed", "closed"])
+async def test_trajectories_end_while_sessions_are_closed(meanwhile: str) -> None:
+    """Whichever comes first."""
+    box = await toolbox("toolbox-1", sessions_mb=1)
+    episodes = [Episode(f"g0-{member}-0") for member in range(6)]
+    for episode in episodes:
+        await episode.call(box, "bash", "x=1")
+    async with asyncio.TaskGroup() as group:
+        group.create_task(box.sessions.free_memory() if meanwhile == "freed" else box.close())
+        while len(box.sessions._kept) == len(episodes):  # noqa: ASYNC110 - it has begun
+            await asyncio.sleep(0)
+        for episode in episodes[1:5]:
+            group.create_task(box.forget(episode.state.id))
+    await box.close()
+    assert not box.sessions._kept
 
 
 async def test_an_ended_trajectory_keeps_nothing(boxes: list[Toolbox]) -> None:

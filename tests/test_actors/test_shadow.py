@@ -2,9 +2,9 @@
 
 import asyncio
 import json
-import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -12,12 +12,14 @@ from actors.errors import UserError
 from actors.export import export
 from actors.joining import reach
 from actors.replay import replay
+from actors.run_folder import RunFolder
 from actors.shadow import run_shadow
 from actors.verify import audit
 from bus import subjects
 from learner.checkpoints import checkpoints, step_of
-from schemas.events import Step, Stepped
-from schemas.recipe import Correction, Data, Learner, Policy, Recipe, Tools
+from schemas.algorithm import Correction
+from schemas.events import Opened, Step, Stepped
+from schemas.recipe import Data, Learner, Policy, Recipe, Tools
 
 RUN = "main-run"
 STEPS = 4
@@ -39,22 +41,9 @@ SLOW = ("learner.learning_rate=1e-4",)
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory, learn) -> Path:
+def learned(learn) -> Path:
     """The folder for runs, with a finished one in it."""
-    runs = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("actors.run_folder.RUNS", runs)
-        asyncio.run(learn(RUN, RECIPE, GROUPS))
-    return runs
-
-
-@pytest.fixture
-def runs(learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, for one test."""
-    copy = tmp_path / "runs"
-    shutil.copytree(learned, copy)
-    monkeypatch.setattr("actors.run_folder.RUNS", copy)
-    return copy
+    return learn(RUN, RECIPE, GROUPS)
 
 
 async def events(learner: str, kind: type) -> list:
@@ -119,6 +108,25 @@ async def test_a_shadow_goes_on_from_its_checkpoint(
     assert [step_of(path) for path in checkpoints(folder / "checkpoints")] == [2, 4]
     assert await run_shadow("slow", (), RUN, "") == 0  # nothing is left to do
     assert [each.weights_sha256 for each in await events("slow", Stepped)] == shas
+
+
+async def test_when_its_run_is_over_it_goes_on_along_the_log(at_home) -> None:
+    """By itself, once the run's supervisor has died; to a log at rest without a version there will come none."""
+    supervisor = await asyncio.create_subprocess_exec("sleep", "60")
+    async with at_home() as (_, log):
+        await log.append_run(Opened(recipe=RECIPE))
+        folder = RunFolder("test")
+        live = replace(folder.live(), supervisor_pid=supervisor.pid)
+        (folder.path / "endpoint.json").write_bytes(msgspec.json.encode(live))
+        shadow = asyncio.create_task(run_shadow("slow", (), "test", ""))
+        async for found in log.follow(subject=subjects.learner("test", "slow")):
+            if found:
+                break
+    supervisor.kill()
+    await supervisor.wait()
+    async with asyncio.timeout(60):
+        with pytest.raises(UserError, match="has published no version yet"):
+            await shadow
 
 
 async def test_other_settings_are_another_shadow(runs: Path) -> None:

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from actors.supervisor import Death, last_error
+from actors.supervisor import Death, Supervisor, last_error
+from bus.connection import Endpoint
+from bus.embedded import free_port
+from bus.logins import Logins
+from schemas.recipe import Policy, Recipe
 
 
 async def _group() -> None:
@@ -72,3 +76,15 @@ def test_who_killed_it_matters() -> None:
     assert (hung.from_outside, hung.served_and_killed) == (False, False)
     assert hung.why == "it hung: no sign of life for 31 s"
     assert Death(1, served=True).why == "", "its log tells"
+
+
+@pytest.mark.slow
+async def test_a_server_that_is_away_is_no_crash_loop(tmp_path: Path) -> None:
+    """Replicas that come back meanwhile end after 5 s each; five such deaths of another kind stop a run."""
+    logins = Logins({}, Endpoint(url=f"nats://127.0.0.1:{free_port()}"))
+    supervisor = Supervisor("r", logins, tmp_path / "r" / "logs", Recipe(policy=Policy(model="m")))
+    keeping = asyncio.create_task(supervisor.keep("scorer", 1))
+    done, _ = await asyncio.wait({keeping}, timeout=45)
+    assert not done
+    await supervisor.stop()
+    await keeping

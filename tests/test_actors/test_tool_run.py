@@ -1,9 +1,7 @@
 """A whole run whose agent asks a database, an MCP server and an image, and hands in its answer."""
 
 import json
-import os
 import sqlite3
-import subprocess
 import sys
 from pathlib import Path
 
@@ -89,7 +87,7 @@ script = "agent:script"
 """
 
 
-def test_an_agent_uses_every_kind_of_tool(model_folder: Path, tmp_path: Path) -> None:
+def test_an_agent_uses_every_kind_of_tool(model_folder: Path, tmp_path: Path, machine_at) -> None:
     """The MCP server's functions are in the recipe of the log; images go on from call to call; `finish` is scored."""
     for name, text in (("server.py", SERVER), ("agent.py", AGENT)):
         (tmp_path / name).write_text(text)
@@ -99,22 +97,9 @@ def test_an_agent_uses_every_kind_of_tool(model_folder: Path, tmp_path: Path) ->
     Image.new("RGB", (8, 8), "red").save(tmp_path / "square.png")
     recipe = RECIPE.format(model=json.dumps(str(model_folder)), python=json.dumps(sys.executable))
     (tmp_path / "recipe.toml").write_text(recipe)
-    environment = os.environ | {"ACTORS_RUNS": str(tmp_path / "runs"), "COLUMNS": "200"}
-
-    def actors(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "actors", *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    actors("train", str(tmp_path / "recipe.toml"), "--run", "tools")
-    metrics = json.loads((tmp_path / "runs/tools/metrics.jsonl").read_text().splitlines()[0])
+    machine = machine_at(tmp_path / "runs")
+    machine.say("train", str(tmp_path / "recipe.toml"), "--run", "tools")
+    (metrics, *_) = machine.rows("tools")
     assert 0 < metrics["reward_mean"] < 1
     assert metrics["failed_by_cause"] == {}
     resolved = (tmp_path / "runs/tools/recipe.toml").read_text()

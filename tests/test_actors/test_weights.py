@@ -1,6 +1,5 @@
 """Adapters on their way: a real learner's run with them, its versions as engines take them, and its replay."""
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ from actors.run_folder import RunFolder
 from actors.weights import Versions
 from bus import policy, store
 from learner.checkpoints import latest_checkpoint
-from schemas.recipe import ColdStart, Correction, Data, Learner, Lora, Policy, Recipe, Tools
+from schemas.algorithm import Correction
+from schemas.recipe import ColdStart, Data, Learner, Lora, Policy, Recipe, Tools
 
 RUN = "adapters"
 RECIPE = Recipe(
@@ -34,22 +34,15 @@ RECIPE = Recipe(
         correction=Correction(token="none", sequence="none"),  # or none of the tokens would count
     ),
 )
+pytestmark = pytest.mark.usefixtures("runs")
+
 GROUPS = {f"g{number}": ["42", "7"] for number in range(3)}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, learn) -> Path:
+def learned(learn) -> Path:
     """The folder for runs, with a finished one in it."""
-    found = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("actors.run_folder.RUNS", found)
-        asyncio.run(learn(RUN, RECIPE, GROUPS))
-    return found
-
-
-@pytest.fixture(autouse=True)
-def here(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.run_folder.RUNS", runs)
+    return learn(RUN, RECIPE, GROUPS)
 
 
 async def test_versions_are_adapters_of_one_base() -> None:

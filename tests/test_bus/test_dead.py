@@ -2,11 +2,13 @@
 
 import asyncio
 import itertools
+import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from bus import embedded, subjects
 from bus.codec import encode
@@ -18,7 +20,8 @@ from bus.lease import Lease
 from bus.log import Log, open_log
 from bus.provision import provision
 from bus.room import shortage
-from bus.store import get_object, purge, put_object
+from bus.server_config import Server, config_text
+from bus.store import delete_object, get_object, objects, purge, put_object
 from schemas.events import Admitted, Turn
 from schemas.messages import DeadLetter
 from schemas.task import PublicPart
@@ -49,6 +52,14 @@ async def test_junk_among_them_is_listed_and_stops_no_follower(bus: Bus) -> None
     assert letter.letter == LETTER
     following = follow_dead(bus, "test")
     assert await asyncio.wait_for(anext(following), 5.0) == [LETTER]
+
+
+async def test_what_no_letter_holds_is_cut(bus: Bus) -> None:
+    """A message as large as any, and an error that quotes another: put aside all the same, lest they come for ever."""
+    large = bytes(bus.client.max_payload)
+    await publish_dead(bus, replace(LETTER, payload=large, error="x" * len(large)))
+    (dead,) = await dead_letters(bus, "test")
+    assert dead.letter == replace(LETTER, payload=large[:4096], error="x" * 4096)
 
 
 # -- the end of the room ---------------------------------------------------------------------------
@@ -110,12 +121,14 @@ async def test_an_append_to_a_full_log_waits_for_room_and_is_stored_once(
 @pytest.fixture
 async def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bus]:
     """A server whose whole store is small."""
-    monkeypatch.setattr(
-        embedded,
-        "_CONFIG",
-        embedded._CONFIG.replace("sync_interval", "max_file_store: 4MB, sync_interval"),
-    )
-    server = EmbeddedServer(tmp_path / "small")
+
+    def small_store(server: Server) -> str:
+        """As of a server that was not told its limit, and so cannot tell it."""
+        text = config_text(server._replace(limit_bytes=0))
+        return text.replace("sync_interval", "max_file_store: 4MB, sync_interval")
+
+    monkeypatch.setattr(embedded, "config_text", small_store)
+    server = EmbeddedServer(tmp_path / "small", unrestricted=True)
     server.start()
     async with connect(server.endpoint, "test") as connected:
         await provision(connected, "test", ["python"])
@@ -146,6 +159,31 @@ async def test_a_full_server_is_known_by_its_refusals(small: Bus) -> None:
         assert await get_object(small, "weights", "test", name) == weights
         assert not keeping.done()
         keeping.cancel()
+
+
+async def test_a_server_that_is_told_its_limit_tells_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At nine tenths admission stops; the rest takes what is in flight, and what clears old weights."""
+    monkeypatch.setattr(embedded, "_limit_bytes", lambda _: 4_000_000)
+    server = EmbeddedServer(tmp_path / "told", unrestricted=True)
+    server.start()
+    async with connect(server.endpoint, "test") as bus, open_log(bus, "test") as log:
+        await provision(bus, "test", ["python"])
+        await put_object(bus, "weights", "test", bytes(600_000))
+        (weights,) = await objects(bus, "weights")
+        member = 0
+        while not (text := await shortage(bus)):
+            await log.append(admitted(member), 0)
+            member += 1
+        assert re.fullmatch(r"the server's store holds 3\.6\d? MB of 4 MB", text)
+        await delete_object(bus, "weights", weights)
+        async with asyncio.timeout(10.0):
+            while await shortage(bus):  # noqa: ASYNC110 - the server tells nobody when it has room
+                await asyncio.sleep(0.1)
+        await fill(bus)
+        assert await shortage(bus), "refused by the account's limit"
+    server.stop()
 
 
 async def test_a_limit_that_does_not_fit_the_server_is_said_at_once(small: Bus) -> None:

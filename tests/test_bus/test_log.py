@@ -3,9 +3,11 @@
 import asyncio
 import os
 import signal
+from collections.abc import AsyncIterator
 
 import pytest
 
+from bus import log as bus_log
 from bus import subjects
 from bus.codec import encode
 from bus.connection import Bus
@@ -127,6 +129,20 @@ async def test_junk_is_skipped_and_counted(bus: Bus, log: Log, subject: str, dat
     assert log.junk == 1
 
 
+async def test_junk_is_no_end_of_the_log(bus: Bus, log: Log) -> None:
+    """An empty list says that all was read: none comes before the events that lie behind a batch of junk."""
+    junk = 2 * bus_log._BATCH
+    await asyncio.gather(*(bus.store("log.test.t.g0-0-0.turn", b"junk") for _ in range(junk)))
+    await log.append(admitted("g0-1-0"), 0)
+    found = [found async for found in first(log.follow(), 2)]
+    assert [[stored.seq for stored in each] for each in found] == [[junk + 1], []]
+
+
+async def first(lists: AsyncIterator[list[Stored]], count: int) -> AsyncIterator[list[Stored]]:
+    for _ in range(count):
+        yield await anext(lists)
+
+
 async def test_junk_does_not_block_a_trajectory(bus: Bus, log: Log) -> None:
     """Whoever reads the trajectory again appends after the junk."""
     first = await log.append(admitted(), 0)
@@ -169,3 +185,20 @@ async def test_an_append_without_a_server_says_so(server: EmbeddedServer, bus: B
     server.stop()
     with pytest.raises(Unavailable, match=r"log\.test\.r\.paused"):
         await bus.store("log.test.r.paused", b"", deadline_s=0.5)
+
+
+async def test_a_reader_waits_for_what_is_known_to_be_stored(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who answers for a cluster may be behind: an old state is never taken for the newest, and no wait is endless."""
+    seq = await log.append(admitted(), 0)
+    assert await log.trajectory("g0-0-0", seq) == await log.trajectory("g0-0-0")
+    reading = asyncio.create_task(log.trajectory("g0-0-0", seq + 1))
+    assert not (await asyncio.wait({reading}, timeout=0.3))[0]
+    assert await log.append(turn(), seq) == seq + 1
+    state = await asyncio.wait_for(reading, 4.0)
+    assert state is not None
+    assert state.seq == seq + 1
+    monkeypatch.setattr(bus_log, "_BEHIND_S", 0.2)
+    with pytest.raises(Unavailable, match=f"ends before sequence {seq + 2}"):
+        await log.trajectory("g0-0-0", seq + 2)

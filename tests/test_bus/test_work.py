@@ -10,6 +10,7 @@ from bus.codec import decode
 from bus.connection import Bus
 from bus.embedded import EmbeddedServer
 from bus.errors import BadMessage
+from bus.provision import delete_consumers, provision
 from bus.work import (
     STATE_LIMIT_BYTES,
     Queue,
@@ -130,6 +131,19 @@ async def test_a_queue_goes_on_after_the_server_was_restarted(
         await delivery.done()
 
 
+async def test_a_queue_that_is_not_there_is_asked_for_once_a_second(bus: Bus) -> None:
+    """The server refuses at once; whoever asks does not do so for ever in a circle, and works when there is one."""
+    await delete_consumers(bus, "test")
+    async with open_queue(bus, "gen", "test", slots=4) as queue:
+        sent = bus.client.stats["out_msgs"]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(queue.take(), 3.0)
+        assert bus.client.stats["out_msgs"] - sent < 12, "with the watchdog's, one a second too"
+        await provision(bus, "test", ["python"])
+        await publish_work(bus, "test", fresh())
+        await (await asyncio.wait_for(queue.take(), 5.0)).done()
+
+
 async def test_a_backlog_counts_what_waits_and_what_was_taken(bus: Bus) -> None:
     """By queue: the sweep waits for a message that may still lie there, and the watchdog for one to move."""
     names = ("gen", "score", "tool.python")
@@ -148,6 +162,13 @@ async def test_done_is_confirmed_by_the_server(bus: Bus) -> None:
     await publish_work(bus, "test", fresh())
     async with open_queue(bus, "gen", "test", slots=1) as queue:
         await (await queue.take()).done()
-        await bus.client.flush()
-        answer = await bus.request("$JS.API.STREAM.INFO.GEN", b"")
-    assert json.loads(answer.data)["state"]["messages"] == 0
+        async with asyncio.timeout(10.0):  # the server answers before it deletes
+            while await messages_in(bus, "GEN"):  # noqa: ASYNC110 - a stream of the server's
+                await asyncio.sleep(0.01)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(queue.take(), 0.5)
+
+
+async def messages_in(bus: Bus, stream: str) -> int:
+    answer = await bus.request(f"$JS.API.STREAM.INFO.{stream}", b"")
+    return int(json.loads(answer.data)["state"]["messages"])

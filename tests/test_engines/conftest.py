@@ -1,11 +1,14 @@
 """A tiny folder as a model hub would have it: random weights, a real tokenizer, a chat template."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -22,6 +25,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from engines.engine import Engine
+from engines.errors import EngineError
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -52,9 +58,9 @@ _SMALL = {
 }
 
 _CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig,
+    "llama": partial(LlamaConfig, head_dim=32),  # the least that vLLM has
     "tied": LlamaConfig,
-    "endless": LlamaConfig,
+    "endless": partial(LlamaConfig, head_dim=32),
     "qwen2": Qwen2Config,
     "qwen3": partial(Qwen3Config, head_dim=8),
     "gemma": partial(GemmaConfig, head_dim=8),
@@ -134,3 +140,36 @@ def make_folder(tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return make_tokenizer()
+
+
+OpenVllm = Callable[..., Awaitable[Engine]]
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def open_vllm() -> AsyncIterator[OpenVllm]:
+    """Open vLLM on a folder, whose weights are version -1. One that is open is used again: each takes half a minute."""
+    engines: dict[Path, Engine] = {}
+
+    async def reopen(folder: Path, weight_swap: str = "token") -> Engine:
+        if find_spec("vllm") is None:
+            pytest.skip("vLLM IS NOT INSTALLED HERE: `make test-vllm` has an environment with it")
+        from engines.vllm_engine import VllmEngine
+
+        weights = (folder / "model.safetensors").read_bytes()
+        try:
+            await engines[folder].load(weights, -1)
+        except (KeyError, EngineError):  # not opened yet, or closed by a test
+            engines[folder] = await asyncio.to_thread(
+                VllmEngine.open,
+                folder,
+                dtype="float32",
+                slots=4,
+                threads=1,
+                context=128,
+                weight_swap=weight_swap,
+            )
+        return engines[folder]
+
+    yield reopen
+    for engine in engines.values():
+        await engine.close()

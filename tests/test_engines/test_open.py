@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ def test_a_wrong_script_is_named(make_folder: MakeFolder, script: str) -> None:
     config = Generator(engine="scripted", script=script)
     with pytest.raises(EngineError, match="bad_script"):
         open_engine(config, POLICY, make_folder("llama"), ".")
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_vllm_that_is_not_installed_is_said(make_folder: MakeFolder) -> None:
+    """With what to install."""
+    with pytest.raises(EngineError, match=r"needs vLLM: pip install vllm==0\.32\.0"):
+        open_engine(Generator(engine="vllm"), POLICY, make_folder("llama"), ".")
 
 
 async def test_transformers_is_the_default(make_folder: MakeFolder) -> None:

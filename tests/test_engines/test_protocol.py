@@ -1,11 +1,14 @@
 """What every engine does: the same tests for each."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
+import torch
+from transformers import AutoModelForCausalLM
 
 from engines.engine import Engine, Sample, SampleRequest
 from engines.errors import EngineError
@@ -15,12 +18,21 @@ from engines.transformers_engine import TransformersEngine
 MakeFolder = Callable[..., Path]
 LONG = 120
 
+pytestmark = pytest.mark.asyncio(loop_scope="session")  # the one on which vLLM was opened
 
-@pytest.fixture(params=["transformers", "scripted"])
-async def engine(request: pytest.FixtureRequest, make_folder: MakeFolder) -> AsyncIterator[Engine]:
+
+@pytest_asyncio.fixture(loop_scope="session", params=["transformers", "vllm", "scripted"])
+async def engine(
+    request: pytest.FixtureRequest,
+    make_folder: MakeFolder,
+    open_vllm: Callable[..., Awaitable[Engine]],
+) -> AsyncIterator[Engine]:
     """An engine that has much to say: the scripted one counts, slowly enough to be interrupted."""
     folder = make_folder("endless")
     made: Engine
+    if request.param == "vllm":
+        yield await open_vllm(folder)
+        return
     if request.param == "scripted":
         made = ScriptedEngine.open(
             folder, lambda _text, seed: f"{seed} " * 200, seconds_per_token=1e-3
@@ -45,10 +57,10 @@ async def test_max_tokens_ends_a_turn(engine: Engine) -> None:
 
 
 async def test_the_seed_decides(engine: Engine) -> None:
-    """The same request gives the same turn, another seed another one."""
+    """The same request gives the same tokens, another seed others."""
     requests = [SampleRequest(ids=[4, 5], max_tokens=20, seed=seed) for seed in (1, 1, 2)]
     first, same, other = await asyncio.gather(*map(engine.sample, requests))
-    assert first == same
+    assert first.ids == same.ids
     assert first.ids != other.ids
 
 
@@ -61,6 +73,30 @@ async def test_a_stop_string_ends_a_turn(engine: Engine, tokenizer: Any) -> None
     sample = await engine.sample(SampleRequest(ids=[4, 5], max_tokens=20, seed=3, stop=(stop,)))
     length = next(n for n, text in enumerate(texts) if stop in text) + 1
     assert (sample.ids, sample.finish_reason) == (free.ids[:length], "stop")
+
+
+async def test_a_stop_string_may_have_begun_before_a_cut(engine: Engine, tokenizer: Any) -> None:
+    """Wherever in it: the token that completes it is the last one. A string that was whole before the cut is over."""
+    begun = tokenizer.encode("so </python", add_special_tokens=False)[-4:]
+
+    def request(seed: int, **fields: Any) -> SampleRequest:
+        return SampleRequest(ids=[4, *begun], max_tokens=12, seed=seed, **fields)
+
+    several = await asyncio.gather(*(engine.sample(request(seed)) for seed in range(3, 60)))
+    free, seed = next(
+        (sample, seed)
+        for seed, sample in enumerate(several, start=3)
+        if tokenizer.decode(sample.ids[:3]).isascii()  # others are pieces of characters
+    )
+    for before in range(1, 5):
+        after = 4 - before
+        stop = tokenizer.decode([*begun[-before:], *free.ids[:after]])
+        sample = await engine.sample(request(seed, begun=len(begun), stop=(stop,)))
+        ended = (free.ids[:after], "stop") if after else (free.ids, "length")
+        assert (sample.ids, sample.finish_reason) == ended
+        assert consistent(sample)
+        given = await engine.sample(request(seed, stop=(stop,)))
+        assert (given.ids, given.finish_reason) == (free.ids, "length")
 
 
 async def test_interrupt_ends_what_runs_and_what_waits(engine: Engine) -> None:
@@ -99,15 +135,17 @@ async def test_load_changes_the_version(engine: Engine, make_folder: MakeFolder)
     assert sample.versions == [12] * len(sample.ids)
 
 
-async def test_close_ends_what_runs_and_refuses_the_rest(engine: Engine) -> None:
-    """Running turns are partial, later ones raise; closing twice is allowed."""
-    turn = asyncio.create_task(engine.sample(SampleRequest(ids=[4], max_tokens=LONG)))
-    await engine.sample(SampleRequest(ids=[5], max_tokens=2))
-    await engine.close()
-    assert consistent(await turn)
-    with pytest.raises(EngineError, match="closed"):
-        await engine.sample(SampleRequest(ids=[4], max_tokens=3))
-    await engine.close()
+@pytest.mark.parametrize("engine", ["transformers", "vllm"], indirect=True)
+async def test_loaded_weights_are_what_samples(engine: Engine, make_folder: MakeFolder) -> None:
+    """In every layer, and in a head that is tied to the embeddings: a plain forward pass gives the same numbers."""
+    folder = make_folder("endless", 4)
+    await engine.load((folder / "model.safetensors").read_bytes(), 1)
+    sample = await engine.sample(SampleRequest(ids=[4, 5, 6], max_tokens=30, temperature=0.8))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.inference_mode():
+        logits = model(torch.tensor([[4, 5, 6, *sample.ids]])).logits[0, 2:-1]
+    expected = torch.log_softmax(logits / 0.8, -1).gather(1, torch.tensor(sample.ids)[:, None])
+    torch.testing.assert_close(torch.tensor(sample.logprobs), expected[:, 0], atol=1e-4, rtol=0)
 
 
 async def test_a_prompt_that_does_not_fit_is_refused(engine: Engine) -> None:
@@ -121,3 +159,14 @@ async def test_an_empty_prompt_is_refused(engine: Engine) -> None:
     """There is nothing to continue."""
     with pytest.raises(EngineError, match="bad_request"):
         await engine.sample(SampleRequest(ids=[], max_tokens=3))
+
+
+async def test_close_ends_what_runs_and_refuses_the_rest(engine: Engine) -> None:
+    """Running turns are partial, later ones raise; closing twice is allowed."""
+    turn = asyncio.create_task(engine.sample(SampleRequest(ids=[4], max_tokens=LONG)))
+    await engine.sample(SampleRequest(ids=[5], max_tokens=2))
+    await engine.close()
+    assert consistent(await turn)
+    with pytest.raises(EngineError, match="closed"):
+        await engine.sample(SampleRequest(ids=[4], max_tokens=3))
+    await engine.close()

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from learner.policy import Policy
 from learner.samples import Sample
-from schemas import recipe
+from schemas import algorithm, recipe
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -82,7 +82,7 @@ def config(folder: Path) -> recipe.Recipe:
         learner=recipe.Learner(
             learning_rate=1e-3,
             microbatch_tokens=256,
-            correction=recipe.Correction(token="none", sequence="none"),
+            correction=algorithm.Correction(token="none", sequence="none"),
         ),
     )
 

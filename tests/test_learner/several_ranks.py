@@ -5,6 +5,7 @@ Rank 0 writes what it found into a folder: by way, rows of metrics, weights, che
 
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import msgspec
 import numpy as np
 import torch
 
+from learner.checkpoints import write_folder
 from learner.samples import Sample
-from schemas import recipe
+from schemas import algorithm, recipe
 
 WAYS: dict[str, dict[str, object]] = {
     "stage 1": {"zero_stage": 1},
@@ -29,9 +31,9 @@ BASE = recipe.Recipe(
         learning_rate=1e-3,
         weight_decay=0.1,
         max_grad_norm=0.5,
-        advantage=recipe.Advantage(estimator="gae"),
-        kl=recipe.Kl(coefficient=0.1),
-        correction=recipe.Correction(token="none", sequence="none"),
+        advantage=algorithm.Advantage(estimator="gae"),
+        kl=algorithm.Kl(coefficient=0.1),
+        correction=algorithm.Correction(token="none", sequence="none"),
     ),
 )
 
@@ -65,7 +67,28 @@ def _sample(group: int, member: int, random: np.random.Generator) -> Sample:
     )
 
 
-def main(folder: Path, one_rank: Path, out: Path) -> None:
+SEEING = ["stage 1", "stage 3"]
+
+
+def seeing(way: str = "") -> recipe.Recipe:
+    """Micro-batches with more and with fewer images; `way`: on two ranks."""
+    learner = msgspec.structs.replace(
+        BASE.learner, microbatch_tokens=48, weight_decay=0.0, advantage=algorithm.Advantage()
+    )
+    if way:
+        learner = msgspec.structs.replace(learner, ranks=2, **WAYS[way])
+    return msgspec.structs.replace(BASE, learner=learner)
+
+
+def seen(folder: Path) -> list[list[Sample]]:
+    """Groups whose members were shown an image, or two."""
+    found: list[list[Sample]] = runpy.run_path(str(Path(__file__).with_name("test_images.py")))[
+        "samples"
+    ](folder)
+    return found
+
+
+def main(folder: Path, one_rank: Path, out: Path, sees: Path) -> None:
     """`one_rank`: a checkpoint after step 2."""
     from learner.deepspeed_policy import DeepSpeedPolicy, follow
     from learner.ranks import Ranks
@@ -78,7 +101,7 @@ def main(folder: Path, one_rank: Path, out: Path) -> None:
         policy = DeepSpeedPolicy.lead(ranks, folder, on_two_ranks(way))
         policy.hold_reference(folder)
         rows = [policy.train_step(batch(step), step) for step in (1, 2)]
-        policy.save_checkpoint(out / way / "checkpoint", 2)
+        write_folder(out / way / "checkpoint", policy.checkpoint_files(2))
         rows.append(policy.train_step(batch(3), 3))
         (out / way / "weights.safetensors").write_bytes(policy.weights())
         policy.load_checkpoint(one_rank)
@@ -91,6 +114,12 @@ def main(folder: Path, one_rank: Path, out: Path) -> None:
         given = [engine.zero_offload_optimizer(), engine.zero_offload_param()]
         found |= {"stage": engine.zero_optimization_stage(), "offload": given.count(None)}
         (out / way / "found.json").write_text(json.dumps(found))
+    for way in SEEING:
+        policy = DeepSpeedPolicy.lead(ranks, sees, seeing(way))
+        policy.hold_reference(sees)
+        rows = [policy.train_step(seen(sees), step) for step in (1, 2)]
+        (out / way / "seeing.safetensors").write_bytes(policy.weights())
+        (out / way / "seeing.json").write_text(json.dumps(rows))
     ranks.leave()
     os._exit(0)  # as a learner does; gloo takes its time
 

@@ -35,7 +35,7 @@ def test_the_next_step_is_the_same_to_the_bit(
     """Weights, moments and the random state come back: two more steps equal the uninterrupted ones."""
     for step in (1, 2):
         policy.train_step(make_groups(seed=step), step)
-    policy.save_checkpoint(tmp_path / "step-000002", 2)
+    write_folder(tmp_path / "step-000002", policy.checkpoint_files(2))
     at_checkpoint = sha(policy)
     expected = [policy.train_step(make_groups(seed=step), step) for step in (3, 4)]
     assert sha(policy) != at_checkpoint
@@ -51,7 +51,7 @@ def test_the_next_step_is_the_same_to_the_bit(
 
 def test_a_policy_may_go_back(policy: Policy, make_groups, tmp_path: Path) -> None:
     """Loading forgets what came after the checkpoint, the first moments too."""
-    policy.save_checkpoint(tmp_path / "step-000000", 0)
+    write_folder(tmp_path / "step-000000", policy.checkpoint_files(0))
     first = policy.train_step(make_groups(), 1)
     assert policy.load_checkpoint(tmp_path / "step-000000") == 0
     assert policy.train_step(make_groups(), 1) == first
@@ -60,7 +60,7 @@ def test_a_policy_may_go_back(policy: Policy, make_groups, tmp_path: Path) -> No
 def test_no_pickle(policy: Policy, make_groups, tmp_path: Path) -> None:
     """A checkpoint is safetensors and JSON."""
     policy.train_step(make_groups(), 1)
-    policy.save_checkpoint(tmp_path / "step-000001", 1)
+    write_folder(tmp_path / "step-000001", policy.checkpoint_files(1))
     names = {path.name for path in (tmp_path / "step-000001").iterdir()}
     assert names == {
         "model.safetensors",
@@ -85,7 +85,7 @@ def test_damage_is_seen_before_anything_is_loaded(
 ) -> None:
     """A missing or malformed file raises BadCheckpoint, and the policy is as it was."""
     path = tmp_path / "step-000000"
-    policy.save_checkpoint(path, 0)
+    write_folder(path, policy.checkpoint_files(0))
     policy.train_step(make_groups(), 1)
     before = sha(policy)
     (path / name).unlink() if content is None else (path / name).write_bytes(content)
@@ -101,7 +101,7 @@ def test_another_models_checkpoint_is_refused(
     """A tensor too few is another model's, whatever file it is missing from; nothing is loaded."""
     path = tmp_path / "step-000001"
     policy.train_step(make_groups(), 1)
-    policy.save_checkpoint(path, 1)
+    write_folder(path, policy.checkpoint_files(1))
     policy.train_step(make_groups(), 2)
     before = sha(policy)
     tensors = load_file(path / f"{file}.safetensors")

@@ -99,7 +99,8 @@ KNOWN = {
             "correction": {"sequence": "none"},
             "kl": {"behaviour_coefficient": 0.1},
         },
-        "loss = mean over tokens of -min(rho A, clip(rho, 0.8, 1.28) A) [0.5 <= rho <= 2] + 0.1 k3(policy || engine); "
+        "loss = mean over tokens of -min(rho A, clip(rho, 0.8, 1.28) A) [0.5 <= rho <= 2] "
+        "+ 0.1 (learner / engine) k3(policy || engine); "
         "rho = learner / engine; A = GAE(R - V, discount 1, lambda 0.95), whitened over the batch's tokens; "
         "R = reward; V: a value head's, (V - A - V_before)^2 / 2",
     ),

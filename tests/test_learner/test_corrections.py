@@ -7,7 +7,7 @@ import torch
 from learner import corrections
 from learner.aggregation import aggregation
 from learner.groups import refusal, zero_variance
-from schemas.recipe import Filter
+from schemas.algorithm import Filter
 
 
 def logs(*ratios: float) -> torch.Tensor:
@@ -98,3 +98,6 @@ def test_refusal() -> None:
     assert refusal([1.0, 1.0], Filter(zero_variance=False, mean_reward=[0.1, 0.9])) == "range"
     assert refusal([1.0, 0.0, 0.0, 0.0], Filter(mean_reward=[0.5, 0.9])) == "range"
     assert refusal([1.0, 0.0], Filter(mean_reward=[0.5, 0.9])) is None
+    # advantages of turns: the same reward in the end is not the same
+    assert refusal([1.0, 1.0], Filter(), [(0.5, 0.0), (0.0, 0.5)]) is None
+    assert refusal([1.0, 1.0], Filter(), [(0.5,), (0.5,)]) == "zero_variance"

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load, load_file
 
 from bus.embedded import free_port
+from learner.checkpoints import write_folder
 from learner.policy import Policy
+from schemas.names import find
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -44,13 +46,21 @@ def policy_of(folder: Path) -> Policy:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+def sees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that sees."""
+    made = tmp_path_factory.mktemp("llava")
+    find("seeing:model", str(Path(__file__).parents[1] / "seeing"))(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, sees: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Three steps by one process, then by two in each way: both processes start once."""
     out = tmp_path_factory.mktemp("ranks")
     batch = ranks["batch"]
     policy = policy_of(folder)
     rows = [policy.train_step(batch(step), step) for step in (1, 2)]
-    policy.save_checkpoint(out / "one", 2)
+    write_folder(out / "one", policy.checkpoint_files(2))
     rows.append(policy.train_step(batch(3), 3))
     weights = policy.weights()
     policy.restart_optimizer()
@@ -58,7 +68,7 @@ def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), str(out / "one"), str(out)],
+            [sys.executable, str(SCRIPT), str(folder), str(out / "one"), str(out), str(sees)],
             env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -141,3 +151,21 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(
 def test_a_restarted_optimizer_has_no_memory(results: Results, way: str) -> None:
     """As between the cold start and reinforcement learning."""
     assert_close(results.of(way)["restarted"], results.restarted)
+
+
+@pytest.mark.parametrize("way", ranks["SEEING"])
+def test_images_reach_every_rank(results: Results, sees: Path, way: str) -> None:
+    """Losses, gradients and the vision tower's weights are those of one process, whoever has which image."""
+    policy = Policy.open(sees, ranks["seeing"](), "cpu")
+    policy.hold_reference(sees)
+    before = load(policy.weights())
+    rows = json.loads((results.folder / way / "seeing.json").read_text())
+    for step, row in enumerate(rows, start=1):
+        assert_close(row | {"ranks": 2}, policy.train_step(ranks["seen"](sees), step))
+    weights, expected = (
+        load_file(results.folder / way / "seeing.safetensors"),
+        load(policy.weights()),
+    )
+    assert_close_tensors(weights, expected, error=1e-5)
+    moved = [name for name, tensor in expected.items() if not tensor.equal(before[name])]
+    assert any("vision_tower" in name for name in moved)

@@ -2,20 +2,22 @@
 
 from dataclasses import replace as replace_fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
 import pytest
 import torch
 
-from actors import training
+from actors import run_folder, training
 from actors.cleaning import OldWeights
 from actors.learner import Planner
 from actors.scores import Scores
+from learner.checkpoints import checkpoints, step_of
 from learner.combination import contradictions
 from learner.policy import Policy
 from schemas import recipe
-from schemas.events import Admitted, Scored, Turn
+from schemas.events import Admitted, Evaluated, Scored, Stepped, Turn
 from schemas.task import PublicPart
 from schemas.tokens import Tokens
 
@@ -79,7 +81,7 @@ PLANNED = {
     "filter.mean_reward": [0.6, 0.9],
 }
 KEPT = {
-    "checkpoint_every_steps",
+    "checkpoint_every_steps",  # test_actors/test_shadow.py sees at which steps there is one
     "weights_kept",
     "checkpoints_kept",
     "best_checkpoints_kept",
@@ -89,6 +91,9 @@ DIVIDED = {"ranks", "hostfile", "zero_stage", "offload"}
 """Among processes: test_actors/test_ranks.py and test_deepspeed_policy.py see that, and that nothing else changes."""
 RECOMPUTED = {"gradient_checkpointing"}
 """Changes nothing that is trained: test_models.py sees what it keeps."""
+
+
+BASE = recipe.Recipe(policy=recipe.Policy(model="m"))
 
 
 def keys(table: type = recipe.Learner, path: str = "") -> set[str]:
@@ -194,6 +199,17 @@ def test_a_key_changes_what_is_trained(folder: Path, other: Path, make_groups, k
         assert found[0][0] != found[1][0]
 
 
+def test_the_temperature_changes_what_is_trained(folder: Path, other: Path, make_groups) -> None:
+    """The log-probabilities are those of the distribution that was sampled."""
+    found = [
+        trained(
+            folder, other, msgspec.structs.replace(BASE, sampling=recipe.Sampling(t)), make_groups
+        )[0]
+        for t in (1.0, 0.5)
+    ]
+    assert found[0] != found[1]
+
+
 # -- what is planned -------------------------------------------------------------------------------
 
 
@@ -232,10 +248,37 @@ def test_a_key_changes_what_is_planned(key: str) -> None:
     assert plan(base) != plan(with_keys(base, {key: PLANNED[key]}))
 
 
-def test_what_is_kept() -> None:
-    """How often a checkpoint is written and how many weights stay are read where that is done."""
-    assert "checkpoint_every_steps" in training.Training._train_batch.__code__.co_names
-    assert "weights_kept" in OldWeights.__init__.__code__.co_names
-    kept = {"checkpoints_kept", "best_checkpoints_kept"}
-    assert kept <= set(training.Training.__init__.__code__.co_names)
-    assert "best_by" in Scores.by_step.__code__.co_names
+def test_which_weights_are_kept() -> None:
+    """The newest few, so many as the recipe says."""
+    kept = [
+        OldWeights(None, "run", with_keys(BASE, {"weights_kept": count})).keep(9)
+        for count in (2, 4)
+    ]
+    assert kept == [{0, 8, 9}, {0, 6, 7, 8, 9}]
+
+
+def test_which_checkpoints_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of step 0, the newest few, and the best few by what the recipe says is best."""
+    scores = Scores()
+    for step, reward in enumerate((0.9, 0.1, 0.2, 0.8, 0.3, 0.4), start=1):
+        row = {"step": step, "reward_mean": reward}
+        scores.observe(Stepped(step=step, policy_version=step, weights_sha256="", metrics=row))
+        scores.observe(Evaluated(trajectory=f"e{step}x0-0-0", reward=1.0 - reward))
+    assert _kept(tmp_path / "a", monkeypatch, scores) == [0, 1, 5, 6]
+    assert _kept(tmp_path / "b", monkeypatch, scores, checkpoints_kept=1) == [0, 1, 6]
+    assert _kept(tmp_path / "c", monkeypatch, scores, best_checkpoints_kept=2) == [0, 1, 4, 5, 6]
+    assert _kept(tmp_path / "d", monkeypatch, scores, best_by="evaluation") == [0, 2, 5, 6]
+
+
+def _kept(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, scores: Scores, **changes: object
+) -> list[int]:
+    """The checkpoints of a learner with these keys that has written one after each step."""
+    monkeypatch.setattr(run_folder, "RUNS", runs)
+    config = with_keys(BASE, changes)
+    process = SimpleNamespace(run="run", recipe=config, bus=None)
+    writer = training.Training(process)._checkpoints
+    for step in range(7):
+        writer.write(step, [("file", b"")], scores.by_step(config.learner))
+    writer.wait()
+    return [step_of(path) for path in checkpoints(runs / "run" / "checkpoints")]

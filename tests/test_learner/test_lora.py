@@ -9,9 +9,11 @@ from msgspec.structs import replace
 from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM
 
+from learner.checkpoints import write_folder
 from learner.errors import BadCheckpoint, UnsupportedModel
 from learner.policy import Policy
-from schemas.recipe import Kl, Lora, Recipe
+from schemas.algorithm import Kl
+from schemas.recipe import Lora, Recipe
 
 RANK = 2
 
@@ -81,7 +83,7 @@ def test_a_resumed_policy_is_the_same_to_the_bit(
     policy = Policy.open(folder, with_learner(lora, lora=Lora(rank=RANK, dropout=0.5)))
     policy.train_step(make_groups(seed=1), 1)
     path = tmp_path / "step-000001"
-    policy.save_checkpoint(path, 1)
+    write_folder(path, policy.checkpoint_files(1))
     expected = [policy.train_step(make_groups(seed=step), step) for step in (2, 3)]
     resumed = Policy.open(folder, policy.config)
     assert resumed.load_checkpoint(path) == 1
@@ -97,7 +99,7 @@ def test_adapters_of_another_base_are_refused(
 ) -> None:
     """They would load, and mean nothing."""
     policy = Policy.open(folder, lora)
-    policy.save_checkpoint(tmp_path / "step-000000", 0)
+    write_folder(tmp_path / "step-000000", policy.checkpoint_files(0))
     full = Policy.open(folder, with_learner(lora, lora=Lora()))
     full.train_step(make_groups(), 1)
     full.export(tmp_path / "other")

@@ -157,13 +157,14 @@ def test_k2_has_the_gradient_of_the_divergence_in_the_mean_and_k1_has_none() -> 
     torch.testing.assert_close(mean_gradient("k1"), torch.zeros(2), atol=1e-6, rtol=0)
 
 
-def test_weighted_k3_has_the_gradient_of_the_divergence_even_off_policy() -> None:
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_a_weighted_one_has_the_gradient_of_the_divergence_even_off_policy(estimator: str) -> None:
     """p = (0.2, 0.8) sampled from (0.6, 0.4), against q = (0.5, 0.5): by enumeration as above."""
     logits = torch.tensor([0.2, 0.8]).log().requires_grad_()
     sampler, q = torch.tensor([0.6, 0.4]), torch.tensor([0.5, 0.5])
     logprobs = logits.log_softmax(0)
-    k3 = losses.kl(q.log() - logprobs, "k3")
-    (sampler * losses.weighted_kl(k3, logprobs - sampler.log())).sum().backward()
+    kl = losses.kl(q.log() - logprobs, estimator)
+    (sampler * losses.weighted_kl(kl, logprobs - sampler.log(), estimator)).sum().backward()
     p = torch.tensor([0.2, 0.8])
     ratio = (p / q).log()
     torch.testing.assert_close(logits.grad, p * (ratio - (p * ratio).sum()))

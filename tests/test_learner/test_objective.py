@@ -17,6 +17,7 @@ from learner.objective import Objective
 from learner.pack import MicroBatch, pack
 from learner.policy import Policy
 from schemas import recipe
+from schemas.images import ImageInput
 
 NONE = {"token": "none", "sequence": "none"}
 
@@ -131,7 +132,7 @@ def test_divergences_and_entropy_by_hand() -> None:
     """Nothing but the terms that are added: without advantages and corrections.
 
     The reference finds each token twice as likely as the policy: k3 = 2 - 1 - log 2. Entropy 1, weight 0.1. Against
-    the engine k2 = log(ratio)^2 / 2.
+    the engine ratio * k2, k2 = log(ratio)^2 / 2.
     """
     kl = {"coefficient": 0.5, "weighted": False}
     now = now_of()
@@ -140,7 +141,8 @@ def test_divergences_and_entropy_by_hand() -> None:
     assert loss(chosen, now, still) == pytest.approx(0.5 * (1 - math.log(2)) - 0.1, rel=1e-5)
     still = tokens(advantages_N=torch.zeros(5))
     chosen = config(kl={"behaviour_coefficient": 2.0, "estimator": "k2"}, correction=NONE)
-    assert loss(chosen, now, still) == pytest.approx(RATIOS.log().square().mean().item(), rel=1e-5)
+    weighted = RATIOS * RATIOS.log().square()
+    assert loss(chosen, now, still) == pytest.approx(weighted.mean().item(), rel=1e-5)
 
 
 def test_a_weighted_divergence_by_hand() -> None:
@@ -263,6 +265,26 @@ def test_anchors_by_hand_of_samples(make_sample) -> None:
     assert advantages_of([group], advantage={"credit": "anchors"}) == [1, 1, 0.5, -1, -1, -0.5]
     same = [two_turns(make_sample, r, "g0-0-0") for r in (1.0, 0.0)]
     assert advantages_of([same], advantage={"credit": "anchors"}) == [1, 1, 1, -1, -1, -1]
+
+
+def test_images_tell_states_apart(make_sample) -> None:
+    """The same placeholder stands for each: turns that saw different pixels stand alone, as those of one image do not.
+
+    Here the image is in the observation, so that the first turns share a state.
+    """
+
+    def advantages(*shown: bytes) -> list[float]:
+        group = [
+            replace(
+                two_turns(make_sample, reward, f"g0-{member}-0"),
+                images=(ImageInput(places=[4], pixels=pixels),),
+            )
+            for member, (reward, pixels) in enumerate(zip((1.0, 0.0), shown, strict=True))
+        ]
+        return advantages_of([group], advantage={"credit": "anchors"})
+
+    assert advantages(b"red", b"red") == [1, 1, 1, -1, -1, -1]
+    assert advantages(b"red", b"blue") == [1, 1, 0.5, -1, -1, -0.5]
 
 
 def test_reinforce_plus_plus_by_hand(make_sample) -> None:

@@ -1,6 +1,6 @@
 """What rank 0 says arrives as it was said."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 from hypothesis import given
@@ -9,10 +9,14 @@ from hypothesis import strategies as st
 from learner import orders
 from learner.conversations import Conversation
 from learner.samples import Sample
+from schemas.images import ImageInput
 from schemas.recipe import Learner, Policy, Recipe
 
 TEXTS = st.text(max_size=8)
 FLOATS = st.floats(width=32, allow_nan=False)
+IMAGES = st.builds(
+    ImageInput, places=st.lists(st.integers(0, 6), max_size=2), pixels=st.binary(max_size=2)
+)
 
 
 @st.composite
@@ -32,6 +36,7 @@ def samples(draw: st.DrawFn) -> Sample:
         reward=draw(FLOATS),
         truncated=draw(st.booleans()),
         turn_rewards=tuple(draw(st.lists(FLOATS, max_size=3))),
+        images=tuple(draw(st.lists(IMAGES, max_size=2))),
     )
 
 
@@ -52,6 +57,22 @@ def test_a_batch(groups: list[list[Sample]], step: int) -> None:
     assert [len(group) for group in found.groups] == [len(group) for group in groups]
     for group, theirs in zip(groups, found.groups, strict=True):
         assert all(same(*pair) for pair in zip(group, theirs, strict=True))
+
+
+@given(samples())
+def test_an_image_travels_once(sample: Sample) -> None:
+    """Whoever saw it: a step of two groups of four says no more than its pixels, and is told the same bytes."""
+    pixels = [bytes([number]) * 10_000 for number in range(2)]
+    images = tuple(ImageInput(places=[number], pixels=pixels[number]) for number in range(2))
+    member = replace(sample, images=images)
+    blind = orders.encode(orders.Train(groups=[[replace(sample, images=())] * 4] * 2, step=1))
+    told = orders.encode(orders.Train(groups=[[member] * 4] * 2, step=1))
+    assert 20_000 < len(told) - len(blind) < 22_000
+    found = orders.decode(told)
+    assert isinstance(found, orders.Train)
+    seen = [member.images for group in found.groups for member in group]
+    assert seen == [images] * 8
+    assert len({id(image.pixels) for images in seen for image in images}) == 2
 
 
 @given(samples(), FLOATS)

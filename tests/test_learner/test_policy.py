@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner.errors import LearnerError, NotFinite, UnsupportedModel
 from learner.policy import Policy
-from schemas.recipe import Correction, Recipe
+from schemas.algorithm import Correction
+from schemas.recipe import Recipe
 
 
 def sha(policy: Policy) -> str:

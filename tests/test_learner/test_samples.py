@@ -27,6 +27,7 @@ def turn(given: list[int], sampled: list[int], **fields) -> Turn:
 
 
 CALL = Call(tool="python", arguments={})
+FINISH = Call(tool="finish", arguments={"answer": "408"})
 
 
 def test_a_trajectory_with_a_tool_call() -> None:
@@ -53,13 +54,24 @@ def test_a_trajectory_with_a_tool_call() -> None:
     [
         ({"finish_reason": "stop"}, False),
         ({"finish_reason": "length"}, True),
-        ({"finish_reason": "stop", "calls": [CALL]}, True),
+        ({"finish_reason": "length", "calls": [CALL]}, True),
+        ({"finish_reason": "stop", "calls": [FINISH]}, False),
     ],
 )
 def test_truncated(fields, truncated: bool) -> None:
-    """Ended at a limit of tokens, or at the limit of turns with a call that never ran."""
+    """Ended at a limit of tokens, or of turns with a call that never ran; a call of `finish` is an answer."""
     state = trajectory(turn([5], [6], last=True, **fields), Scored(trajectory=NAME, reward=0.0))
     assert sample_of(state).truncated is truncated
+
+
+def test_a_call_that_ends_the_trajectory_does_not_truncate_it() -> None:
+    """As `submit` does: the last turn is none by itself, its result is."""
+    state = trajectory(
+        turn([5], [6], calls=[CALL]),
+        Result(trajectory=NAME, turn=0, call=0, text="Submitted", last=True),
+        Scored(trajectory=NAME, reward=1.0),
+    )
+    assert not sample_of(state).truncated
 
 
 def test_a_turn_in_two_pieces_is_one_turn() -> None:

@@ -10,14 +10,14 @@ import torch
 
 from learner.policy import Policy
 from learner.samples import Sample
-from schemas import recipe
+from schemas import algorithm, recipe
 
 CONFIG = recipe.Recipe(
     policy=recipe.Policy(model="tiny", max_tokens=256),
     learner=recipe.Learner(
         microbatch_tokens=512,
         learning_rate=1e-3,
-        correction=recipe.Correction(token="none", sequence="none"),
+        correction=algorithm.Correction(token="none", sequence="none"),
     ),
 )
 

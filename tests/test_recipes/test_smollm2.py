@@ -34,9 +34,9 @@ def test_the_example_is_right_and_no_problem_of_ours() -> None:
 def test_without_gguf_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The extra is named before anything is downloaded."""
+    """Before anything is downloaded."""
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(smollm2.ModelUnavailable, match=r"agentic-actors\[gguf\]"):
+    with pytest.raises(smollm2.ModelUnavailable, match=r"`make setup` installs .*gguf"):
         smollm2.model(tmp_path / "model")
 
 

@@ -14,7 +14,8 @@ import msgspec
 from bus import subjects
 from bus.codec import decode, encode
 from bus.work import work_message
-from schemas.events import Admitted, AnyEvent, Call, Event, Result, Started, StoredImage, Turn
+from schemas.events import Admitted, AnyEvent, Call, Event, Result, Started, Turn
+from schemas.images import StoredImage
 from schemas.messages import DeadLetter, Heartbeat, Held, Work
 from schemas.task import ChatMessage, PublicPart
 from schemas.tokens import Tokens

@@ -46,7 +46,7 @@ def attack(step):
 # each runs in a call of its own
 INTRUSIONS = {
     "host_files": """
-for path in ("/etc/shadow", "/root/.bashrc", PRIVATE, PUBLIC, PROJECT + "/pyproject.toml", TOOLS):
+for path in ("/etc/shadow", PRIVATE, PUBLIC, PROJECT + "/pyproject.toml", TOOLS):
     attack(lambda: read(path))
 attack(lambda: set(os.listdir(PROJECT)) - {".venv"} or nothing())
 """,
@@ -176,6 +176,52 @@ EXHAUSTIONS = {
         " except RuntimeError: pass",
         {"wall", "memory"},
     ),
+    "chain_of_forks": (
+        "import os, time\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    while True:\n"
+        "        if os.fork(): os._exit(0)\n"
+        "time.sleep(600)",
+        {"wall"},
+    ),
+    "memory_of_an_unreadable_program": (
+        "import os, shutil, subprocess\n"
+        "with open(os.open('tail', os.O_CREAT | os.O_WRONLY, 0o111), 'wb') as copy:\n"
+        "    copy.write(open(shutil.which('tail'), 'rb').read())\n"
+        "subprocess.run('cat /dev/zero | ./tail -c 900M', shell=True)",
+        {"memory"},
+    ),
+}
+
+# they write without end, where nobody may look for it
+HOARDS = {
+    "deleted_files": """
+kept = []
+for number in range(8):
+    kept.append(open(str(number), "wb", buffering=0))
+    os.unlink(str(number))
+    kept[-1].write(bytes(32 << 20))
+    time.sleep(0.2)
+""",
+    "hidden_folder": """
+os.mkdir("hidden", 0o300)
+for number in range(8):
+    open(f"hidden/{number}", "wb").write(bytes(32 << 20))
+    time.sleep(0.2)
+""",
+    "deep_folders": """
+for _ in range(2500):
+    os.mkdir("d")
+    os.chdir("d")
+for number in range(8):
+    open(str(number), "wb").write(bytes(32 << 20))
+    time.sleep(0.2)
+""",
+    "many_folders": """
+for number in range(50_000):
+    os.mkdir(str(number))
+""",
 }
 
 

@@ -2,11 +2,11 @@
 
 import contextlib
 import os
+import resource
 import secrets
 import socket
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,6 +105,30 @@ def processes_with_fixture() -> object:
     return processes_with
 
 
+@pytest.fixture
+def descriptors_left() -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """`with descriptors_left(2):` this process may open no more than two."""
+
+    @contextlib.contextmanager
+    def left(number: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+        with contextlib.ExitStack() as stack:
+            stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest + number + 1, hard))
+            taken: list[int] = []
+            with contextlib.suppress(OSError):  # there are no more
+                while True:
+                    taken.append(os.open(os.devnull, os.O_RDONLY))
+            for fd in taken[: len(taken) - number]:
+                stack.callback(os.close, fd)
+            for fd in taken[len(taken) - number :]:
+                os.close(fd)
+            yield
+
+    return left
+
+
 # -- a site ------------------------------------------------------------------------------------------
 
 
@@ -132,22 +156,19 @@ class Site:
 
     Reply = Reply
 
+    url = ""
+    """Known once it is started."""
+
     def __init__(self, answer: Callable[[Asked], Reply]) -> None:
         self.asked: list[Asked] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(answer))
-        self._server.daemon_threads = True
-        self.port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        self._thread.start()
+        self._answer = answer
 
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
-    def _handler(self, answer: Callable[[Asked], Reply]) -> type[BaseHTTPRequestHandler]:
-        all_asked = self.asked
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        all_asked, answer = self.asked, self._answer
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -173,20 +194,17 @@ class Site:
 
             do_POST = do_GET
 
-            def log_message(self, *_: object) -> None:
-                """Say nothing."""
-
         return Handler
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Callable[[Asked], Reply]], Site]]:
+def serve(http_serving) -> Iterator[Callable[[Callable[[Asked], Reply]], Site]]:
     """`serve(answer)` starts a site; `answer(asked)` makes its replies with `Site.Reply`."""
     with contextlib.ExitStack() as stack:
 
         def start(answer: Callable[[Asked], Reply]) -> Site:
             site = Site(answer)
-            stack.callback(site.close)
+            site.url = stack.enter_context(http_serving(site.handler()))
             return site
 
         start.Reply = Reply  # type: ignore[attr-defined]

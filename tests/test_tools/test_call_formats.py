@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from schemas.events import Call
@@ -14,6 +14,16 @@ from tools.formats import CallFormat, Parsed, open_format, with_functions
 from tools.function import FunctionTool
 from tools.registry import load_tools
 from tools.tool import Context
+
+
+async def write(context: Context, content: str, path: str | None = None) -> str:
+    """Write a file.
+
+    Args:
+        content: What it shall hold.
+        path: Where.
+    """
+    return f"{path} {content}"
 
 
 async def move(context: Context, x: int, y: int, label: str = "") -> str:
@@ -26,7 +36,10 @@ async def move(context: Context, x: int, y: int, label: str = "") -> str:
     return f"{x} {y} {label}"
 
 
-TOOLS = load_tools(["python", "finish"]) | {"move": FunctionTool(move)}
+TOOLS = load_tools(["python", "finish"]) | {
+    "move": FunctionTool(move),
+    "write": FunctionTool(write),
+}
 
 
 def written(shape: str) -> Any:
@@ -147,6 +160,24 @@ def test_what_is_rendered_is_read_back(name: str, calls: list[Call], between: st
     assert FORMATS[name].parse(text) == Parsed(calls=calls)
 
 
+@pytest.mark.parametrize("shape", ["qwen-coder", "glm"])
+@given(
+    code=st.text("\n\t x<", min_size=1) | st.text(),
+    before=st.sampled_from(["", "\n", "Now:\n\n"]),
+)
+@example(code="    pass", before="")
+@example(code="x = 1\n", before="")
+@example(code="\r\n", before="")
+def test_a_text_keeps_its_white_space(shape: str, code: str, before: str) -> None:
+    """What the model's template writes around it belongs to the mark, and no more; `render` writes the same."""
+    calls_format = FORMATS[f"template-{shape}"]
+    call = Call(tool="write", arguments={"content": code, "path": f"{code}."})
+    text = written(shape)([("write", call.arguments)])
+    assume(not any(mark in code for mark in ("</tool_call>", "</parameter>", "</arg_value>")))
+    assert calls_format.parse(before + text) == Parsed(calls=[call])
+    assert calls_format.parse(calls_format.render(call)) == Parsed(calls=[call])
+
+
 @each_format
 def test_a_cut_call_is_told(name: str) -> None:
     """Wherever the limit cut it: it never runs, and once it has begun the policy is told."""
@@ -178,7 +209,7 @@ def test_an_unknown_function_is_told_with_what_there_is(name: str) -> None:
     parsed = FORMATS[name].parse(text)
     assert parsed.calls == []
     assert "'pyton'" in parsed.feedback
-    assert "python, finish, move" in parsed.feedback
+    assert "python, finish, move, write" in parsed.feedback
 
 
 @each_format
@@ -255,6 +286,10 @@ def test_a_template_without_calls_is_refused(text: str) -> None:
         ("hermes", '<tool_call>{"name": "python", "parameters": {"code": "1"}}</tool_call>', python("1")),
         ("llama", '<|python_tag|>{"name": "python", "parameters": {"code": "1"}}', python("1")),
         ("llama", 'So: {"type": "function", "x": 1} {"name": "python", "arguments": {"code": "1"}}.', python("1")),
+        ("llama", '{"type": "function", "name": "python", "parameters": {"code": "1"}}', python("1")),
+        ("json", '[{"id": 1, "name": "python", "parameters": {"code": "1"}}]', python("1")),
+        ("json", 'So {1}: {"parameters": {"code": "{}"}, "name": "python"}', python("{}")),
+        ("json", '{"type": "function", "function": {"parameters": {"code": "1"}, "name": "python"}}', python("1")),
         ("fenced", "```py\n1\n```", python("1")),
         ("fenced", "````python\n1\n````\n", python("1")),
         ("fenced", "```text\n```python\n```\n```python\n1\n```", python("1")),
@@ -277,6 +312,9 @@ def test_ways_to_write_a_call(name: str, text: str, expected: Call) -> None:
         ("hermes", f'<tool_call>{{"name": "move", "arguments": {{"x": {"9" * 40}}}}}</tool_call>', "too large"),
         ("hermes", "</tool_call>", "without <tool_call> before it"),
         ("llama", '{"name": "python", "parameters": {"code": 1', "not valid JSON"),
+        ("llama", '{"type": "function", "name": "python", "parameters": {"code": 1', "not valid JSON"),
+        ("json", '{"parameters": {}, "name": "pyton"}', "no function 'pyton'"),
+        ("json", f'{{"name": "move", "parameters": {{"x": {"9" * 5000}}}}}', "out of range"),
         ("tagged", "<move>1</move>", "must be a JSON object"),
     ],
 )  # fmt: skip
@@ -288,7 +326,14 @@ def test_malformed_calls_are_told(name: str, text: str, says: str) -> None:
     assert len(parsed.feedback) < 200
 
 
-@pytest.mark.parametrize("text", ['{"name": "Ann"}', '{"names": 1}', 'The set {1, 2}. {"name": "x'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"name": "Ann"}', '{"names": 1}', 'The set {1, 2}. {"name": "x', '{"parameters": {}}'),
+        *('{"text": "{\\"name\\": \\"python\\", \\"parameters\\": {}}"}', '{"name": 1, "parameters": {}}'),
+        *("{" * 5000, '{"a":' * 5000, '{"x": ' + "9" * 5000),
+    ],
+)  # fmt: skip
 def test_json_that_is_no_call_is_text(text: str) -> None:
     """An answer may be JSON."""
     assert FORMATS["json"].parse(text) == Parsed()

@@ -29,7 +29,9 @@ SERVER = '''
 import os, sys, time
 from mcp.server.mcpserver import Image, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
-from mcp_types import ToolAnnotations
+from mcp_types import (
+    CallToolResult, EmbeddedResource, ImageContent, ResourceLink, TextResourceContents, ToolAnnotations,
+)
 
 server = MCPServer("test")
 count = 0
@@ -53,6 +55,16 @@ def fail(why: str) -> str:
 @server.tool()
 def picture() -> list:
     return ["before <image>", Image(data=b"PNG!", format="png"), "after"]
+
+@server.tool()
+def odd() -> CallToolResult:
+    text = TextResourceContents(uri="file:///a", text="a <image>")
+    return CallToolResult(content=[
+        EmbeddedResource(type="resource", resource=text),
+        ResourceLink(type="resource_link", uri="file:///b", name="<image>"),
+        ImageContent(type="image", data="!", mime_type="image/png"),
+        ImageContent(type="image", data="UE5HIQ==", mime_type="image/png"),
+    ])
 
 @server.tool()
 def wait(seconds: float) -> str:
@@ -158,6 +170,10 @@ async def check_everything(servers: dict[str, Any]) -> None:
         seen = await call("s__picture")
         assert seen == Observation(
             text="before [image]\n<image>\nafter",
+            images=[Image(data=b"PNG!", media_type="image/png")],
+        )
+        assert await call("s__odd") == Observation(
+            text="a [image]\n[[image]: file:///b]\n[a broken image, image/png]\n<image>",
             images=[Image(data=b"PNG!", media_type="image/png")],
         )
         assert '"x"' in (await call("s__strange_name__")).text

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.events import Call
+from schemas.images import PLACEHOLDER
 from tools.errors import ToolError, UnknownTool
 from tools.function import FunctionTool, tool
 from tools.observation import decode_output, shorten, shorten_observation
@@ -18,7 +19,7 @@ from tools.sandbox import root
 from tools.sandbox.ns import NamespaceSandbox
 from tools.sandbox.sandbox import Limits
 from tools.sandbox.select import open_sandbox
-from tools.tool import PLACEHOLDER, Context, Image, Observation, Options, Place, Tool
+from tools.tool import Context, Image, Observation, Options, Place, Tool
 
 EXAMPLES = str(Path(__file__).parents[2] / "examples")
 

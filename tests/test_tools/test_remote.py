@@ -12,6 +12,7 @@ from schemas.events import Call, ShownFunction
 from schemas.recipe import RemoteTool, Tools
 from tools.errors import ToolError
 from tools.formats import open_format
+from tools.function import bare_argument
 from tools.remote import ShownTool, all_tools, read_shown, remote_tools
 from tools.sandbox.sandbox import Limits
 from tools.sandbox.unsafe import UnsafeSandbox
@@ -158,3 +159,9 @@ def test_the_example_can_be_added(tmp_path: Path) -> None:
     """examples/shout_tool.py, by its text alone."""
     text = (Path(__file__).parents[2] / "examples" / "shout_tool.py").read_text()
     assert load_source("shout", text, {}).name == "shout"
+
+
+@pytest.mark.parametrize("described", [True, {}, {"type": ["string", "null"]}])
+def test_a_property_that_may_be_anything_takes_its_name(described: object) -> None:
+    """`true` is a JSON schema too; a body without names fills only text and numbers."""
+    assert bare_argument({"type": "object", "properties": {"x": described}}) == ""

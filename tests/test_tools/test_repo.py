@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from schemas.events import Call
+from tools.errors import ToolError
 from tools.registry import load_tools
 from tools.repo import PATCH_BYTES, Repo
 from tools.sandbox.ns import NamespaceSandbox
@@ -343,3 +344,14 @@ async def test_a_tier_without_namespaces(repo: Repo, context: Context) -> None:
     assert b"+    return a + b\n" in (await act("submit")).handed_in
     await session.close()
     await sandbox.close()
+
+
+async def test_without_git_nothing_begins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither a run nor a toolbox: it is said before the first trajectory, with what to do."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    tool = load_tools(["repo"])["repo"]
+    with pytest.raises(ToolError, match="install it"):
+        await tool.resolve(Place())
+    with pytest.raises(ToolError, match="install it"):
+        async with tool.open(Place()):
+            pass

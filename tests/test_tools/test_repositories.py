@@ -3,9 +3,8 @@
 import asyncio
 import os
 import subprocess
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -43,7 +42,7 @@ def base(root: Path) -> str:
 
 
 @pytest.fixture
-def serve_git(root: Path) -> Iterator[str]:
+def serve_git(root: Path, http_serving) -> Iterator[str]:
     """The URL of `calc` on a real git server."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -71,16 +70,8 @@ def serve_git(root: Path) -> Iterator[str]:
 
         do_POST = do_GET
 
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/calc/.git"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with http_serving(Handler) as url:
+        yield f"{url}/calc/.git"
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,20 @@ async def test_imports_are_ready_and_random_numbers_differ() -> None:
         await sandbox.close()
 
 
+async def test_each_set_of_imports_has_its_own_server() -> None:
+    """Started when it is needed, the same one each time; closed with the sandbox that it belongs to."""
+    whole = NamespaceSandbox(["decimal"])
+    other = whole.importing(["fractions", "wave"])
+    assert whole.importing(("decimal",)) is whole
+    assert whole.importing(("fractions", "wave")) is other
+    code = "import sys\n[name for name in ('decimal', 'wave') if name in sys.modules]"
+    assert await output_of(whole, code) == "['decimal']\n"
+    assert "wave" in await output_of(other, code)
+    await whole.close()
+    with pytest.raises(SandboxError, match="closed"):
+        await other.run("1")
+
+
 async def test_an_import_that_is_not_there_is_told() -> None:
     """The server does not start, and says why."""
     sandbox = NamespaceSandbox(["no_such_module"])
@@ -318,6 +332,22 @@ async def test_the_death_of_the_client_ends_everything(
         process.kill()
         await process.wait()
     await until(lambda: not any(member.is_running() for member in family))
+
+
+async def test_a_server_that_does_not_measure_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for a session's memory does not wait for ever; its next run fails by name."""
+    monkeypatch.setattr("tools.sandbox.job_session.GRACE_S", 0.5)
+    sandbox, _, inner = await opened()
+    sessions = [await sandbox.open_session("python") for _ in range(2)]
+    inner.suspend()
+    async with asyncio.timeout(20):
+        assert [await session.memory_bytes() for session in sessions] == [0, 0]
+    assert not any(session.alive for session in sessions)
+    with pytest.raises(SandboxError, match=r"no_answer: not measured"):
+        await sessions[0].run("1")
+    assert await output_of(sandbox, "1") == "1\n"
+    await sessions[1].close()
+    await sandbox.close()
 
 
 @pytest.mark.parametrize("calls", [100, pytest.param(2000, marks=pytest.mark.slow)])

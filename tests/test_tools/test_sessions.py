@@ -210,7 +210,7 @@ async def test_scripts_run_whole(bash: Session, script: str, printed: str) -> No
     assert ended(await bash.run(script)) == (printed, "exit", 0, "kept")
 
 
-@pytest.mark.parametrize("script", ["echo 'open", "if", "for i in", "cat <(", ")"])
+@pytest.mark.parametrize("script", ["echo 'open", "if", "for i in", "cat <(", ")", "ls /none \\"])
 async def test_a_script_that_is_not_complete_does_not_wait_for_more(
     bash: Session, script: str
 ) -> None:
@@ -237,12 +237,28 @@ async def test_a_script_that_takes_too_long_is_interrupted(bash: Session, script
     assert ended(await bash.run("echo $? $x")) == ("130 2\n", "exit", 0, "kept")
 
 
+async def test_who_is_started_in_the_background_interrupts_all_the_same() -> None:
+    """A shell has SIGINT ignored there (`actors … &` in a script), and whatever it starts inherits that."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        sandbox = NamespaceSandbox()
+        bash = await sandbox.open_session("bash")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    outcome = await bash.run("sleep 60", limits=SHORT)
+    await bash.close()
+    await sandbox.close()
+    assert (outcome.reason, outcome.exit_code, outcome.session) == ("wall", 130, "kept")
+
+
 async def test_a_shell_that_exits_is_started_again(bash: Session) -> None:
     """Files, directory and environment are kept, functions and variables are not; `set -e` is such an exit."""
     left = await bash.run("cd /usr; x=1; export Y=2; touch /tmp/f; exit 3")
     assert ended(left)[1:] == ("exit", 3, "restarted")
     assert ended(await bash.run("echo [$x] $Y $PWD; ls /tmp/f"))[0] == "[] 2 /usr\n/tmp/f\n"
     assert ended(await bash.run("set -e; false; echo not here"))[1:] == ("exit", 1, "restarted")
+    assert ended(await bash.run("PATH=/nowhere; exit 4"))[1:] == ("exit", 4, "restarted")
+    await bash.run("PATH=/usr/bin:/bin")
     assert ended(await bash.run("exec true"))[3] == "ended"
 
 
@@ -301,6 +317,32 @@ async def test_memory_is_of_the_whole_session(sandbox: NamespaceSandbox) -> None
     assert (outcome.reason, outcome.session) == ("memory", "ended")
 
 
+async def test_what_it_takes_is_known(sandbox: NamespaceSandbox) -> None:
+    """Variables and files in memory, asked between two runs."""
+    session = await sandbox.open_session("python")
+    small = await session.memory_bytes()
+    await session.run("x = bytearray(b'x') * (40 << 20)")
+    await session.run("open('file', 'wb').write(x)")
+    assert 80 << 20 < await session.memory_bytes() < small + (90 << 20)
+    await session.close()
+    assert await session.memory_bytes() == 0
+
+
+async def test_who_gives_up_closing_leaves_nothing(
+    sandbox: NamespaceSandbox, marker: str, processes_with: FindProcesses
+) -> None:
+    """Its processes end, and its descriptors are closed (pytest raises what is left open)."""
+    session = await sandbox.open_session("bash")
+    await session.run(f"python3 -c 'import time; time.sleep(600)' {marker} &")
+    closing = asyncio.create_task(session.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait([closing])
+    async with asyncio.timeout(20):
+        while processes_with(marker):  # noqa: ASYNC110 - processes send no events
+            await asyncio.sleep(0.01)
+
+
 async def test_a_session_has_its_time(sandbox: NamespaceSandbox) -> None:
     """At its end the running cell is killed, and the reason is told."""
     session = await sandbox.open_session("python", Limits(session_s=0.5))
@@ -354,8 +396,11 @@ async def test_a_command_line_holds_any_script(script: str) -> None:
     """To bash it is one complete command, whatever is in it: the script arrives as one word."""
     line = shell.command_line(1, script).decode()
     before, quoted_and_after = line.split("eval ", 1)
-    assert shlex.split(quoted_and_after)[0] == script
-    assert before.startswith("__run=1;")
+    ending = "\\" if (len(script) - len(script.rstrip("\\"))) % 2 else ""
+    begun, _, after = shlex.split(quoted_and_after)[0].rpartition("\n")
+    assert begun + ending == "$__options" + script
+    assert after == "if __end $?; then :; fi >/dev/null 2>&1"
+    assert before.startswith("{ __run=1;")
 
 
 @settings(database=None)

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from bus.embedded import free_port
+from tools.databases import Table, render
 from tools.errors import ToolError
 from tools.registry import load_tools, open_tools
 from tools.sandbox.sandbox import Limits, Outcome
@@ -259,6 +260,44 @@ async def test_duckdb_reaches_nothing_else(ask: Ask, ducks: Path, query: str) ->
     assert sorted(path.name for path in ducks.parent.iterdir()) == ["ducks.db"]
 
 
+@pytest.mark.parametrize(
+    ("query", "text"),
+    [
+        (
+            "SELECT '2024-01-01 00:00:00+02'::timestamptz AS a, 1 AS a",
+            "a | a\n-----\n2023-12-31 22:00:00+00 | 1",
+        ),
+        (
+            "SELECT ['2024-01-01 00:00:00+02'::timestamptz] AS b; -- zones",
+            "['2023-12-31 22:00:00+00']",
+        ),
+        ("WITH x AS (SELECT now() AS y) SELECT y IS NULL AS z FROM x", "False"),
+        ("SELECT list(id ORDER BY id) AS l, {'k': 1} AS s FROM duck", "[0, 1, 2, 3, 4] | {'k': 1}"),
+    ],
+)
+async def test_duckdb_shows_every_type(ask: Ask, ducks: Path, query: str, text: str) -> None:
+    """Also those for which it would want another package."""
+    seen = await ask(query, ducks)
+    assert seen.ok
+    assert text in seen.text
+
+
+async def test_a_value_nested_too_deeply_is_told() -> None:
+    """In its cell: DuckDB can make one, in seconds that this test does not wait for."""
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    text = render(Table(["a", "b"], [[nested, 1]]), 3)
+    assert text == "a | b\n-----\n(nested too deeply) | 1\n(1 row)"
+
+
+async def test_a_name_in_duckdb_is_no_variable_of_ours(ask: Ask, ducks: Path) -> None:
+    """A table that is not there is not looked for among the program's own names."""
+    seen = await ask("SELECT * FROM path", ducks)
+    assert "does not exist" in seen.text
+    assert "Python" not in seen.text
+
+
 async def test_duckdb_ends_in_time(ask: Ask, ducks: Path) -> None:
     query = "SELECT count(*) FROM range(1000000) a, range(1000000) b WHERE a.range * b.range = 7"
     assert await ask(query, ducks, wall_s=0.5) == Observation(
@@ -343,6 +382,88 @@ async def test_postgresql_is_only_read(ask: Ask, server: str, query: str) -> Non
     seen = await ask(query, url)
     assert not seen.ok, seen.text
     assert (await ask("SELECT count(*) AS n FROM fish", url)).text == "n\n-\n5\n(1 row)"
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["SELECT lo_creat(-1)", "SELECT lo_from_bytea(0, 'x')", "SELECT pg_advisory_lock(1)"],
+)
+async def test_postgresql_keeps_nothing(ask: Ask, server: str, query: str) -> None:
+    """What its read-only transactions let through (in some versions) is taken back."""
+    url = f"postgresql://reader@{server}"
+    await ask(query, url)
+    left = (
+        "SELECT (SELECT count(*) FROM pg_largeobject_metadata) AS objects, "
+        "(SELECT count(*) FROM pg_locks WHERE locktype = 'advisory') AS locks"
+    )
+    assert (await ask(left, url)).text.splitlines()[2] == "0 | 0"
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("SELECT chr(0)", "null character"),
+        ("SELECT cursor_to_xml('answer', 1, true, true, '')", "cannot be run"),
+        ("SELECT pg_terminate_backend(pg_backend_pid())", "terminating connection"),
+        ("SELECT pg_cancel_backend(pg_backend_pid())", "canceling statement"),
+    ],
+)
+async def test_what_a_query_brings_upon_itself_is_its_own(
+    ask: Ask, server: str, query: str, says: str
+) -> None:
+    """No failure of the database: else a policy could leave a trajectory that goes badly."""
+    seen = await ask(query, f"postgresql://reader@{server}")
+    assert not seen.ok
+    assert says in seen.text
+
+
+@pytest.mark.parametrize("act", ["pg_terminate_backend", "pg_cancel_backend"])
+async def test_a_query_that_another_one_ends_is_asked_again(
+    ask: Ask, server: str, act: str
+) -> None:
+    """Trajectories share a role, and a role may end its own connections."""
+    import psycopg
+
+    url = f"postgresql://reader@{server}"
+    with psycopg.connect(f"postgresql://owner@{server}") as holder:
+        holder.execute("SELECT pg_advisory_lock(7)")
+        victim = asyncio.ensure_future(
+            ask("SELECT 'alive' AS a FROM pg_advisory_xact_lock(7)", url)
+        )
+        waiting = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        ended = Observation(text="")
+        while "True" not in ended.text:
+            ended = await ask(f"SELECT {act}(pid) FROM ({waiting}) w", url)
+    assert (await victim).text.splitlines()[2] == "alive"
+
+
+@pytest.mark.parametrize(
+    ("values", "row"),
+    [
+        ("'infinity'::date, '0044-03-15 BC'::date", "infinity | 0044-03-15 BC"),
+        ("'24:00'::time, ARRAY['1 year'::interval]", '24:00:00 | {"1 year"}'),
+        ("""'{"a": null}'::jsonb, '[1.0,true]'::json""", '{"a": null} | [1.0,true]'),
+        ("""'"\\ud800"'::json, ARRAY['1e999'::json]""", '"\\\\ud800" | {1e999}'),
+        ("('1' || repeat('0', 5000))::json IS NULL, true, '\\x00ff'::bytea", "False | True | x'00ff'"),
+        ("ARRAY['NaN'::numeric, NULL], '-Infinity'::float8", "{NaN,NULL} | -Infinity"),
+        ("int4range(1, 5), ARRAY[int4range(1, NULL)]", '[1,5) | {"[1,)"}'),
+        ("ROW(1, 'x', NULL), ARRAY['10.0.0.1'::inet], '12.34'::money", "(1,x,) | {10.0.0.1} | $12.34"),
+    ],
+)  # fmt: skip
+async def test_postgresql_shows_values_that_python_has_not(
+    ask: Ask, server: str, values: str, row: str
+) -> None:
+    """As it writes them."""
+    seen = await ask(f"SELECT {values}", f"postgresql://reader@{server}")
+    assert seen.text.splitlines()[2] == row
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonb"])
+async def test_a_value_nested_without_end_is_shown(ask: Ask, server: str, kind: str) -> None:
+    """Nothing of it is parsed here."""
+    query = f"SELECT (repeat('[', 2000) || repeat(']', 2000))::{kind} AS j"
+    seen = await ask(query, f"postgresql://reader@{server}")
+    assert seen.text == f"j\n-\n{'[' * 1000}…\n(1 row)"
 
 
 async def test_postgresql_ends_in_time(ask: Ask, server: str) -> None:

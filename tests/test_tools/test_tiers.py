@@ -4,15 +4,20 @@ Where one cannot run its tests are skipped, and say so by its name.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
+import docker
 import pytest
 import pytest_asyncio
 
-from tests.test_tools.attacks import EXHAUSTIONS, INTRUSIONS, intrusion
-from tools.errors import NoSandbox
+from tests.test_tools.attacks import EXHAUSTIONS, HOARDS, INTRUSIONS, intrusion
+from tools.errors import NoSandbox, SandboxError
+from tools.sandbox.docker import LABEL, DockerSandbox
 from tools.sandbox.sandbox import Limits, Sandbox
 from tools.sandbox.select import open_sandbox
 
@@ -78,6 +83,9 @@ async def test_intrusion_is_stopped(tier_sandbox: Sandbox, targets: tuple, name:
         # where the kernel counts, it kills one process after another: the first may be the code's own
         ("memory_of_many", 30.0, {"memory", "exit", "wall"}),
         ("threads", 2.0, {"wall", "memory", "processes"}),
+        ("chain_of_forks", 2.0, {"wall", "processes"}),
+        # without namespaces nobody sees which deleted files it has open
+        ("memory_of_an_unreadable_program", 30.0, {"memory", "exit", "disk"}),
     ],
 )
 async def test_exhaustion_ends_with_its_limit(
@@ -88,6 +96,34 @@ async def test_exhaustion_ends_with_its_limit(
     outcome = await tier_sandbox.run(code, limits=Limits(wall_s=wall_s, cpu_s=60))
     assert outcome.reason in reasons
     assert (await tier_sandbox.run("print('next')")).output == b"next\n"
+
+
+@of_module
+@pytest.mark.parametrize("name", HOARDS)
+async def test_no_hoard_is_hidden(tier_sandbox: Sandbox, name: str) -> None:
+    """The limit of the disk, and of the number of files, holds wherever the files are."""
+    code = f"import os, time\n{HOARDS[name]}\nprint('BREACH')"
+    outcome = await tier_sandbox.run(code, limits=Limits(wall_s=60.0, cpu_s=60))
+    assert outcome.reason in {"disk", "exit"}
+    assert b"BREACH" not in outcome.output
+
+
+@of_module
+async def test_no_datagram_gets_out(tier_sandbox: Sandbox, tmp_path: Path) -> None:
+    """Such a socket needs no connect(2) to reach another by its path."""
+    path = tmp_path / "socket"
+    code = f"""
+import socket
+for make in (socket.socket, lambda *kind: socket.socketpair(*kind)[0]):
+    try: make(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"out", {str(path)!r})
+    except OSError as error: print(error)
+"""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as here:
+        here.bind(str(path))
+        here.setblocking(False)
+        assert (await tier_sandbox.run(code)).output.count(b"\n") == 2
+        with pytest.raises(BlockingIOError):
+            here.recv(1)
 
 
 @of_module
@@ -194,6 +230,17 @@ async def test_python_sessions(tier_sandbox: Sandbox) -> None:
 
 
 @of_module
+async def test_the_memory_of_a_session_is_known(tier_sandbox: Sandbox) -> None:
+    """Asked between two runs, and of one that has ended."""
+    session = await tier_sandbox.open_session("python")
+    small = await session.memory_bytes()
+    await session.run("x = bytearray(b'x') * (80 << 20)")
+    assert 80 << 20 < await session.memory_bytes() < small + (100 << 20)
+    await session.close()
+    assert await session.memory_bytes() == 0
+
+
+@of_module
 async def test_bash_sessions(
     tier_sandbox: Sandbox, marker: str, processes_with: FindProcesses
 ) -> None:
@@ -201,6 +248,9 @@ async def test_bash_sessions(
     bash = await tier_sandbox.open_session("bash")
     await bash.run("x=1; cd /usr; f() { echo f; }")
     assert (await bash.run("sleep 600", limits=Limits(wall_s=1.0))).exit_code == 130
+    for number in range(12):  # whenever the interruption comes, the next line is read whole
+        await bash.run("for i in 1 2 3; do true; done", limits=Limits(wall_s=0.002 * number))
+        assert (await bash.run(f"echo {number}")).output == b"%d\n" % number
     sleeper = f"setsid python3 -c 'import time; time.sleep(600)' {marker} &"
     assert b"1 /usr\nf\n" in (await bash.run(f"{sleeper} echo $x $PWD; f")).output
     assert (await bash.run("exit 3")).session == "restarted"
@@ -208,3 +258,73 @@ async def test_bash_sessions(
     await until(lambda: processes_with(marker))
     await bash.close()
     assert processes_with(marker) == []
+
+
+# -- containers --------------------------------------------------------------------------------------
+
+
+async def containers() -> list[str]:
+    """The sandboxes that docker knows, running or not."""
+
+    def names() -> list[str]:
+        client = docker.from_env()
+        try:
+            found = client.containers.list(all=True, filters={"label": LABEL}, ignore_removed=True)
+        finally:
+            client.close()
+        return [str(one.id) for one in found]
+
+    return await asyncio.to_thread(names)
+
+
+@of_module
+@pytest.mark.usefixtures("docker_host")
+async def test_a_container_that_does_not_start_is_removed() -> None:
+    """It asks for more than the host has, which is found out late: each call fails by name and leaves nothing."""
+    sandbox = DockerSandbox()
+    before = await containers()
+    for _ in range(2):
+        with pytest.raises(SandboxError, match=r"setup_failed.*rlimit"):
+            await sandbox.run("1", limits=Limits(files=1 << 31))
+    assert await containers() == before
+    await sandbox.close()
+
+
+@of_module
+@pytest.mark.usefixtures("docker_host")
+async def test_a_container_that_ends_too_early_is_no_exit_code() -> None:
+    """What carries the job into it lacks something (descriptors here), so none of the code has run."""
+    sandbox = DockerSandbox()
+    with pytest.raises(SandboxError, match=r"setup_failed"):
+        await sandbox.run("1", limits=Limits(files=12))
+    assert (await sandbox.run("1", limits=Limits(files=32))).output == b"1\n"
+    await sandbox.close()
+
+
+@of_module
+@pytest.mark.usefixtures("docker_host")
+async def test_closing_removes_a_container_that_is_just_starting() -> None:
+    """At whatever moment it comes: what is made meanwhile is removed too."""
+    before = await containers()
+    for after_s in (0.0, 0.02, 0.1, 0.3):
+        sandbox = DockerSandbox()
+        call = asyncio.ensure_future(sandbox.run("import time; time.sleep(600)"))
+        await asyncio.sleep(after_s)
+        await sandbox.close()
+        with pytest.raises(SandboxError, match="container_died"):
+            await call
+        assert await containers() == before
+
+
+@of_module
+@pytest.mark.usefixtures("docker_host")
+async def test_a_cell_that_cannot_be_carried_is_a_failure(
+    descriptors_left: Callable[[int], contextlib.AbstractContextManager[None]],
+) -> None:
+    """This process has descriptors to send the cell, but not to receive it for the container."""
+    sandbox = DockerSandbox()
+    session = await sandbox.open_session("python")
+    with descriptors_left(2), pytest.raises(SandboxError, match="Too many open files"):
+        await session.run("1")
+    await session.close()
+    await sandbox.close()

@@ -27,11 +27,11 @@ def tools(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_tools_are_listed(tmp_path: Path) -> None:
-    """Function by function, with what is special about them; `mcp` has none until it has servers."""
+    """Function by function, with the tool and what is special about it; `mcp` has none until it has servers."""
     done = tools(tmp_path, "list")
     assert done.returncode == 0, done.stderr
-    listed = [line.split()[0] for line in done.stdout.splitlines()]
-    assert {*BUILT_IN, "view", "submit"} - {"mcp", "repo"} <= set(listed)
+    listed = {line.partition("  ")[0] for line in done.stdout.splitlines()}
+    assert {*BUILT_IN, "repo: view", "repo: submit"} - {"repo"} <= listed
     assert "(ends the trajectory)" in done.stdout
 
 

@@ -1,12 +1,15 @@
 """`visit` and `web_search` against a real server on this machine, and what they refuse to reach."""
 
+import encodings.aliases
 import gzip
 import json
+import socket
 import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,6 +87,15 @@ async def test_a_page_is_shown_as_text(serve: Any) -> None:
         assert missing == Observation(text=f"{site.url}/gone answers with status 404.", ok=False)
 
 
+async def test_a_site_s_cookies_are_not_kept(serve: Any) -> None:
+    """They would be sent with another trajectory's visits."""
+    site = serve(lambda _: serve.Reply(b"hello", headers=(("set-cookie", "who=first; Path=/"),)))
+    async with opened("visit", private_hosts=["127.0.0.1"], robots=False) as visit:
+        for page in ("a", "b"):
+            assert (await visit(url=f"{site.url}/{page}")).ok
+    assert [asked.headers.get("cookie") for asked in site.asked] == [None, None]
+
+
 async def test_a_long_page_comes_in_parts(serve: Any) -> None:
     """Which say how many there are; together they are the page."""
     text = "\n".join(f"line {n}" for n in range(100))
@@ -114,6 +126,33 @@ def test_any_page_is_text(html: str | list[str]) -> None:
     assert isinstance(page["text"], str)
 
 
+CHARSETS = st.sampled_from(sorted({*encodings.aliases.aliases.values(), "idna", "undefined", ""}))
+BITS = st.sampled_from(
+    [
+        *(b"<meta charset=utf-7>", b"<meta charset=undefined>", b"+2AA-", b"\\ud800", b"&#xd800;"),
+        *(b"<title>", b"</title>", b"<svg>", b"<nav>", b"<template>", b"<main>", b"<pre>", b"\0"),
+        *(b"<a href='http://[domain]/x'>", b"<a href=//[>", b"<img alt='", b"'>", b"<td>", b"\xff"),
+        *("<a href=http://\u2100/>".encode(), b"<p " + b"a" * 9000 + b">", b"<b>" * 3000, b"x"),
+    ]
+)
+
+
+@given(
+    data=st.binary() | st.lists(BITS).map(b"".join),
+    charset=st.text() | CHARSETS,
+    media_type=st.sampled_from(["text/html", "text/plain"]),
+)
+def test_any_bytes_are_text(data: bytes, charset: str, media_type: str) -> None:
+    """In any character set: text that a message can carry."""
+    msgspec.msgpack.encode(read_page(data, media_type, charset, "http://x/"))
+
+
+def test_a_link_that_leads_nowhere_is_its_words() -> None:
+    """As in documentation that says `http://[domain]/x`."""
+    page = b"<a href='http://[domain]/x'>there</a> <a href=/x>here</a>"
+    assert read_page(page, "text/html", "", "http://x/")["text"] == "there [here](http://x/x)"
+
+
 def test_a_page_nested_without_end_is_text() -> None:
     """No recursion."""
     page = read_page(b"<div>" * 20_000 + b"word", "text/html", "", "http://x/")
@@ -126,6 +165,8 @@ def test_a_page_nested_without_end_is_text() -> None:
         ("<p>né".encode("latin-1"), "latin-1"),
         ('<meta charset="latin-1"><p>né'.encode("latin-1"), ""),
         ("<p>né".encode(), "no-such-charset"),
+        ("<p>né".encode(), "undefined"),
+        ('<meta charset="idna"><p>né'.encode(), ""),
         ("<p>né".encode(), ""),
     ],
 )
@@ -165,6 +206,9 @@ def test_characters_are_read_as_they_were_written(data: bytes, charset: str) -> 
         "no url",
         "http://a b/",
         "http://no-such-host.invalid/",
+        "http://xn--a.-/",
+        "http://127.0.0.1:99999/",
+        "http://[domain]/",
         "",
     ],
 )
@@ -193,6 +237,55 @@ async def test_a_redirect_is_checked_anew(serve: Any) -> None:
     async with opened("visit", private_hosts=["127.0.0.1"], robots=False) as visit:
         assert "redirects too often" in (await visit(url=loop.url)).text
     assert len(loop.asked) == 6
+
+
+@pytest.mark.parametrize("robots", [True, False])
+@pytest.mark.parametrize(
+    "target",
+    ["http://[domain]/", "http://xn--a.-/", "http://[", "http://127.0.0.1:99999/", "http://a:b/"],
+)
+async def test_a_redirect_to_nowhere_is_told(serve: Any, target: str, robots: bool) -> None:
+    """Whichever page redirects there."""
+    site = serve(lambda _: serve.Reply(status=302, headers=(("location", target),)))
+    async with opened("visit", private_hosts=["127.0.0.1"], robots=robots) as visit:
+        seen = await visit(url=site.url)
+    assert not seen.ok
+    assert len(site.asked) == 1
+
+
+@pytest.mark.parametrize("host", ["www.bücher.example", "www.xn--bcher-kva.example"])
+async def test_an_international_name_is_asked_for_as_the_wire_writes_it(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    """However the URL writes it; what may be visited is compared in the same form, and must be named in it."""
+    known = "www.xn--bcher-kva.example"
+    find = socket.getaddrinfo
+
+    def found(name: str, *rest: Any, **more: Any) -> Any:
+        return find("127.0.0.1" if name == known else name, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    site = serve(lambda _: serve.Reply(b"hello", "text/plain"))
+    url = f"http://{host}:{site.port}/"
+    async with opened("visit", hosts=["xn--bcher-kva.example"], private_hosts=[known]) as visit:
+        assert (await visit(url=url)).text == f"http://{known}:{site.port}/\n\nhello"
+    assert [asked.headers["host"] for asked in site.asked] == [f"{known}:{site.port}"] * 2
+    async with opened("visit") as visit:
+        assert (await visit(url=url)).text == f"{known} is not a public host."
+    async with opened("visit", hosts=["example.org"]) as visit:
+        assert "may be visited: example.org" in (await visit(url=url)).text
+    assert len(site.asked) == 2
+    for option in ("hosts", "private_hosts"):
+        with pytest.raises(ToolError, match=option):
+            load_tools(["visit"], options={"visit": {option: ["bücher.example"]}})
+
+
+async def test_an_address_in_brackets_keeps_them(serve: Any) -> None:
+    """In the `host` header."""
+    site = serve(lambda _: serve.Reply(b"hello", "text/plain"))
+    async with opened("visit", private_hosts=["::ffff:127.0.0.1"], robots=False) as visit:
+        assert (await visit(url=f"http://[::ffff:127.0.0.1]:{site.port}/")).ok
+    assert site.asked[0].headers["host"] == f"[::ffff:127.0.0.1]:{site.port}"
 
 
 async def test_only_named_hosts(serve: Any) -> None:

@@ -150,7 +150,8 @@ def with_functions(messages: Sequence[ChatMessage], calls: CallFormat) -> list[C
     if not calls.schemas:
         return list(messages)
     if messages and messages[0].role == "system":
-        system = ChatMessage(role="system", content=f"{messages[0].content}\n\n{text}")
+        content = f"{messages[0].content}\n\n{text}"
+        system = msgspec.structs.replace(messages[0], content=content)
         return [system, *messages[1:]]
     return [ChatMessage(role="system", content=text), *messages]
 

@@ -2,14 +2,17 @@
 
 import json
 import re
+from typing import Any
 
 from schemas.events import Call
 from tools.formats.format import CallFormat, Functions, read_json, write_json
 from tools.formats.hermes import ARGUMENT_KEYS, call_of
 
+_OBJECT = re.compile(r'\{\s*"')
+
 
 class BareJson(CallFormat):
-    """An object with a name and arguments is a call, wherever it stands; other JSON is text.
+    """An object with a name and arguments is a call, wherever it stands and whatever else it has; other JSON is text.
 
     Llama's `<|python_tag|>` before it, and `;`, `,` or white space between several, are text too.
     """
@@ -19,7 +22,9 @@ class BareJson(CallFormat):
     ) -> None:
         super().__init__(functions)
         self._keys = keys
-        self._start = re.compile(rf'\{{\s*"{re.escape(keys[0])}"\s*:\s*"(?P<name>[^"\\]*)"?')
+        texts = r'(?:"\w*"\s*:\s*"[^"\\]*"\s*,\s*)*'  # like "type": "function",
+        name = rf'"{re.escape(keys[0])}"\s*:\s*"(?P<name>[^"\\]*)"?'
+        self._beginning = re.compile(rf"\{{\s*{texts}{name}")
         self._decoder = json.JSONDecoder()
 
     def over(self, functions: Functions) -> "BareJson":
@@ -29,20 +34,23 @@ class BareJson(CallFormat):
     def read(self, text: str) -> list[Call | str]:
         """See CallFormat."""
         found: list[Call | str] = []
-        position = 0
-        while start := self._start.search(text, position):
+        end = 0
+        while opening := _OBJECT.search(text, end):
+            start, end = opening.span()
             try:
-                value, end = self._decoder.raw_decode(text, start.start())
-            except (json.JSONDecodeError, RecursionError):
-                position = start.end()
-                if self.functions.find(start["name"]):  # else it is no more than like a call
-                    found.append(self._complaint(text[start.start() :]))
+                value, value_end = self._decoder.raw_decode(text, start)
+            except (ValueError, RecursionError):
+                beginning = self._beginning.match(text, start)
+                # with another name it is no more than like a call
+                if beginning and self.functions.find(beginning["name"]):
+                    found.append(self._complaint(text[start:]))
                 continue
-            position = end
-            if any(key in value for key in (self._keys[1], *ARGUMENT_KEYS)):
-                strict = read_json(text[start.start() : end])
-                wrong = isinstance(strict, str)
-                found.append(strict if wrong else call_of(self.functions, strict, self._keys))
+            if not self._is_call(value):
+                continue  # one may stand in it
+            end = value_end
+            strict = read_json(text[start:end])
+            wrong = isinstance(strict, str)
+            found.append(strict if wrong else call_of(self.functions, strict, self._keys))
         return found
 
     def render(self, call: Call) -> str:
@@ -55,6 +63,11 @@ class BareJson(CallFormat):
         name_key, arguments_key = self._keys
         example = f'{{"{name_key}": <function>, "{arguments_key}": <arguments as JSON object>}}'
         return f"To call a function, write a JSON object:\n{example}"
+
+    def _is_call(self, value: dict[str, Any]) -> bool:
+        name_key, arguments_key = self._keys
+        named = isinstance(value.get(name_key), str)
+        return named and any(key in value for key in (arguments_key, *ARGUMENT_KEYS))
 
     @staticmethod
     def _complaint(rest: str) -> str:

@@ -131,6 +131,9 @@ class Framed(CallFormat):
         function = self.functions.find(name)
         properties = function.parameters.get("properties", {}) if function else {}
         begin, after_key, end = (_loose(mark).pattern for mark in pairs)
+        # a text keeps its white space, but for the one newline that belongs to a mark
+        after_key = after_key.removesuffix(r"\s*") + r"\n?" * pairs.after_key.endswith("\n")
+        end = r"\n?" * pairs.end.startswith("\n") + end.removeprefix(r"\s*")
         for key, value in re.findall(f"{begin}(.*?){after_key}(.*?)(?:{end}|\\Z)", text, re.DOTALL):
             wanted = properties.get(key.strip(), {}).get("type")
             known = read_json(value) if wanted != "string" else value

@@ -5,6 +5,7 @@ import os
 import socket
 
 from tools.errors import SandboxError
+from tools.sandbox.figures import whole_figures
 from tools.sandbox.jobs import JobServer
 from tools.sandbox.sandbox import Limits, Outcome
 from tools.sandbox.streams import Answers, Output, sealed_file
@@ -68,4 +69,4 @@ async def _begin(
 def _images(answers: Answers) -> list[bytes]:
     answers.drain()
     answer = answers.take()
-    return answer[1] if answer else []
+    return whole_figures(answer[1]) if answer else []

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from types import ModuleType, TracebackType
 
 FILE_NAME = "main.py"
+MOST_FIGURES = 16
+"""Of one call, or one cell."""
 
 
 def run_program(source: str, at_end: Callable[[], None] | None = None) -> int:
@@ -82,12 +84,12 @@ def _own_frames(trace: TracebackType | None, file_name: str) -> TracebackType | 
 
 
 def take_figures(limit_bytes: int) -> list[bytes]:
-    """Every open matplotlib figure as PNG, while they fit; all are closed. No import where there is none."""
+    """The first open matplotlib figures as PNG, while they fit; all are closed. No import where there is none."""
     pyplot = sys.modules.get("matplotlib.pyplot")
     images: list[bytes] = []
     if pyplot is None:
         return images
-    for number in pyplot.get_fignums():
+    for number in pyplot.get_fignums()[:MOST_FIGURES]:
         picture = io.BytesIO()
         pyplot.figure(number).savefig(picture, format="png")
         limit_bytes -= len(picture.getvalue())

@@ -13,6 +13,7 @@ from tools.sandbox.sandbox import Limits
 
 _START_S = 60.0
 _STOP_S = 5.0
+_BEFORE = "the fork server died before the call"
 _QUEUE_BYTES = 32 << 10
 """Few packets in flight: the kernel limits the descriptors in them, and a full queue makes callers wait."""
 
@@ -107,13 +108,13 @@ class ForkServer(JobServer):
         async with self._sending:
             while True:
                 if self._gone:
-                    raise DeadBefore
+                    raise DeadBefore(self.died, _BEFORE)
                 try:
                     socket.send_fds(self._control, [packet], fds)
                     return
                 except BrokenPipeError:
                     self.give_up()
-                    raise DeadBefore from None
+                    raise DeadBefore(self.died, _BEFORE) from None
                 except BlockingIOError:
                     writable = asyncio.Event()
                     loop.add_writer(self._control, writable.set)

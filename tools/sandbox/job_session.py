@@ -5,18 +5,23 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
 
 from tools.errors import SandboxError
 from tools.sandbox import shell
-from tools.sandbox.jobs import GRACE_S, PACKET_BYTES, JobEnd, JobServer
+from tools.sandbox.figures import whole_figures
+from tools.sandbox.jobs import GRACE_S, PACKET_BYTES, DeadBefore, JobEnd, JobServer
 from tools.sandbox.sandbox import Limits, Outcome, Reason, SessionKind
 from tools.sandbox.streams import Answer, Answers, Output, sealed_file, write_all
 
 _INTERRUPT_S = 2.0
 """How long interrupted code may take to give in."""
+_ATTEMPTS = {"bash": 4, "python": 2}
+"""Bash takes a signal that comes between two programs of a loop as meant for one of them; Python ignores one that comes
+before its cell begins."""
 _OPEN_S = 60.0
 
 
@@ -28,11 +33,13 @@ class JobSession:
         self._server = server
         self._limits = limits
         self._news = asyncio.Event()
-        self._resources = contextlib.ExitStack()
         self._end: JobEnd | None = None
         self._failure: SandboxError | None = None
         self._memory: asyncio.Future[int] | None = None
         self._runs = 0
+        self._begun = 0
+        """The last run that may be interrupted."""
+        self._signals_asked = self._signals_sent = 0
         self._running = False
         self._closed = False
         self._idle_since = time.monotonic()
@@ -43,18 +50,10 @@ class JobSession:
         session = cls(server, kind, limits)
         try:
             await session._begin()
-            async with asyncio.timeout(_OPEN_S):
-                if kind == "bash":
-                    await write_all(session._lines_fd, shell.READY_LINE)
-                await session._answer_to(0)
-            if session._end:
-                raise SandboxError("setup_failed", f"the session ended at once: {session._end}")
-        except TimeoutError:
-            await session.close()
-            raise SandboxError("no_answer", f"no session within {_OPEN_S:g} s") from None
         except OSError as error:
-            await session.close()
             raise SandboxError("client_failed", str(error)) from error
+        try:
+            await session._take_up()
         except BaseException:  # cancelled, or the sandbox failed
             await session.close()
             raise
@@ -97,23 +96,52 @@ class JobSession:
             self._idle_since = time.monotonic()
 
     async def memory_bytes(self) -> int:
-        """See Session."""
+        """See Session. A server that does not answer is given up, and its sessions with it."""
         if not self.alive:
             return 0
         if self._memory is None:
             self._memory = asyncio.get_running_loop().create_future()
-            self._leash.send(b"memory")
-        return await asyncio.shield(self._memory)
+            with contextlib.suppress(OSError):  # it has just ended, which answers too
+                self._leash.send(b"memory")
+        try:
+            async with asyncio.timeout(GRACE_S):
+                return await asyncio.shield(self._memory)
+        except TimeoutError:
+            self._server.give_up()
+            self._failure = SandboxError("no_answer", f"not measured within {GRACE_S:g} s")
+            self._news.set()
+            if not self._running:  # else the run closes it
+                await self.close()
+            return 0
 
     async def close(self) -> None:
         """See Session. Returns when its processes are gone."""
         if self._closed:
             return
         self._closed = True
-        with contextlib.suppress(SandboxError):  # then all its processes are gone too
-            await self._kill()
-        self._settle_memory(0)
-        self._resources.close()
+        try:
+            with contextlib.suppress(SandboxError):  # then all its processes are gone too
+                await self._kill()
+        finally:
+            self._settle_memory(0)
+            self._resources.close()
+
+    async def _take_up(self) -> None:
+        """Wait until it takes its first run. Raises SandboxError."""
+        try:
+            async with asyncio.timeout(_OPEN_S):
+                if self.kind == "bash":
+                    with contextlib.suppress(BrokenPipeError):  # its end is told by the leash
+                        await write_all(self._lines_fd, shell.READY_LINE)
+                await self._answer_to(0)
+        except TimeoutError:
+            raise SandboxError("no_answer", f"no session within {_OPEN_S:g} s") from None
+        except SandboxError as error:
+            if self._server.dead:
+                raise DeadBefore(error.code, error.detail) from error
+            raise
+        if self._end:
+            raise DeadBefore("setup_failed", f"the session ended at once: {self._end}")
 
     # -- one run -------------------------------------------------------------------------------------------
 
@@ -129,7 +157,7 @@ class JobSession:
             async with asyncio.timeout(limits.wall_s):
                 if not self._end:
                     await self._send(text, stdin, limits)
-                answer, images = await self._answer_to(self._runs, stop_when_full=True)
+                answer, images = await self._answer_to(self._runs, lambda: self._output.full)
         except TimeoutError:
             reason = "wall"
         if answer is None and not self._end:
@@ -137,6 +165,7 @@ class JobSession:
             answer = await self._interrupt()
         full = self._output.full
         output = self._output.take()
+        self._output.rest()
         if self.kind == "bash":
             output = shell.without_noise(output)
         if full and reason == "exit":
@@ -157,7 +186,7 @@ class JobSession:
             reason=reason,
             exit_code=exit_code,
             wall_ms=wall_ms,
-            images=images,
+            images=whole_figures(images),
             session=kept,
         )
 
@@ -171,27 +200,29 @@ class JobSession:
             "cpu_s": limits.cpu_s,
             "image_bytes": limits.image_bytes,
         }
-        fds = [sealed_file(text.encode("utf-8", "backslashreplace")), sealed_file(stdin)]
-        try:
-            socket.send_fds(self._channel, [msgspec.json.encode(request)], fds)
-        except (BrokenPipeError, ConnectionResetError):
-            return  # likewise
-        finally:
-            for fd in fds:
-                os.close(fd)
+        with contextlib.ExitStack() as files:
+            fds = []
+            for content in (text.encode("utf-8", "backslashreplace"), stdin):
+                fds.append(sealed_file(content))
+                files.callback(os.close, fds[-1])
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # likewise
+                socket.send_fds(self._channel, [msgspec.json.encode(request)], fds)
+                self._begun = self._runs
 
     async def _answer_to(
-        self, run: int, *, stop_when_full: bool = False
+        self, run: int, enough: Callable[[], bool] = lambda: False
     ) -> tuple[Answer | None, list[bytes]]:
-        """The answer, or none when the session has ended or, if that is asked for, the output is full."""
+        """The answer, or none when the session has ended or there is no need to wait any more."""
         while True:
             self._news.clear()
             while found := self._answers.take():
-                if found[0].run == run:  # an earlier one came after its interruption
+                if found[0].begun:
+                    self._begun = found[0].run
+                elif found[0].run == run:  # an earlier one came after its interruption
                     return found
             if self._failure:
                 raise self._failure
-            if self._end or (stop_when_full and self._output.full):
+            if self._end or enough():
                 return None, []
             if self._answers.garbled:
                 await self._kill()
@@ -200,81 +231,90 @@ class JobSession:
 
     async def _interrupt(self) -> Answer | None:
         """End the run and keep the session, if the code lets us; else kill it."""
-        # bash takes a signal that comes between two programs of a loop as meant for one of them: ask again
-        attempts = 4 if self.kind == "bash" else 1
+        run, attempts = self._runs, _ATTEMPTS[self.kind]
         for _ in range(attempts):
-            with contextlib.suppress(OSError):  # it has just ended
-                self._leash.send(b"interrupt")
-            try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_INTERRUPT_S / attempts):
+                    answer, _ = await self._answer_to(run, lambda: self._begun == run)
+                    if answer or self._end:
+                        return answer
+            if self._begun < run:
+                continue
+            await self._signal()
+            with contextlib.suppress(TimeoutError, BrokenPipeError):
                 async with asyncio.timeout(_INTERRUPT_S / attempts):
                     if self.kind == "bash":
-                        with contextlib.suppress(BrokenPipeError):
-                            await write_all(self._lines_fd, shell.interrupted_line(self._runs))
-                    answer, _ = await self._answer_to(self._runs)
+                        await write_all(self._lines_fd, shell.interrupted_line(run))
+                    answer, _ = await self._answer_to(run)
                     return answer
-            except TimeoutError:
-                continue
         await self._kill()
         return None
+
+    async def _signal(self) -> None:
+        """Returns when the signal is sent: one that came later would meet the next run. Raises SandboxError."""
+        self._signals_asked += 1
+        with contextlib.suppress(OSError):  # it has just ended
+            self._leash.send(b"interrupt")
+        await self._hear_that(lambda: self._signals_sent == self._signals_asked, "interrupted")
 
     async def _kill(self) -> None:
         """End every process and wait for it. Raises SandboxError."""
         with contextlib.suppress(OSError):  # it ended by itself
             self._leash.shutdown(socket.SHUT_WR)
+        await self._hear_that(lambda: False, "killed")
+
+    async def _hear_that(self, is_so: Callable[[], bool], what: str) -> None:
+        """Wait for the server's word, or the session's end. Raises SandboxError."""
         try:
             async with asyncio.timeout(GRACE_S):
-                while not self._end:
+                while not (self._end or is_so()):
                     if self._failure:
                         raise self._failure
                     self._news.clear()
                     await self._news.wait()
         except TimeoutError:
             self._server.give_up()
-            raise SandboxError("no_answer", f"alive {GRACE_S:g} s after it was killed") from None
+            raise SandboxError("no_answer", f"not {what} within {GRACE_S:g} s") from None
 
     # -- its resources -------------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
         loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as theirs:
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             read_fd, write_fd = _pipe(theirs)
             self._output = Output(read_fd, self._limits.output_bytes, self._news.set)
-            self._resources.callback(self._output.close)
+            ours.callback(self._output.close)
             fds = [write_fd]
             if self.kind == "python":
                 self._channel, far = socket.socketpair()
                 theirs.enter_context(far)
-                self._resources.enter_context(self._channel)
+                ours.enter_context(self._channel)
                 self._channel.setblocking(False)
                 answers_fd = os.dup(self._channel.fileno())
                 fds.append(far.fileno())
             else:
-                self._lines_fd = self._write_end(theirs, fds)
+                lines_fd, self._lines_fd = os.pipe()
+                theirs.callback(os.close, lines_fd)
+                ours.callback(os.close, self._lines_fd)
+                os.set_blocking(self._lines_fd, False)
                 answers_fd, write_fd = _pipe(theirs)
-                fds.append(write_fd)
+                fds += [lines_fd, write_fd]
             self._answers = Answers(answers_fd, self._news.set)
-            self._resources.callback(self._answers.close)
+            ours.callback(self._answers.close)
             self._leash = await self._server.begin(self.kind, self._limits, fds)
-        self._resources.enter_context(self._leash)
-        loop.add_reader(self._leash, self._hear)
-        self._resources.callback(loop.remove_reader, self._leash)
-
-    def _write_end(self, theirs: contextlib.ExitStack, fds: list[int]) -> int:
-        read_fd, write_fd = os.pipe()
-        theirs.callback(os.close, read_fd)
-        self._resources.callback(os.close, write_fd)
-        os.set_blocking(write_fd, False)
-        fds.append(read_fd)
-        return write_fd
+            ours.enter_context(self._leash)
+            loop.add_reader(self._leash, self._hear)
+            ours.callback(loop.remove_reader, self._leash)
+            self._resources = ours.pop_all()
 
     def _hear(self) -> None:
-        """The server says that the session has ended, or how much memory it takes."""
+        """The server says that the session has ended, that a signal is sent, or how much memory it takes."""
         try:
             packet = self._leash.recv(PACKET_BYTES)
         except BlockingIOError:
             return
         except ConnectionResetError:
-            packet = b""
+            return  # it has ended and not heard our last word; its own is still to be read
         try:
             end = self._server.decode_end(packet)
         except SandboxError as error:
@@ -282,6 +322,10 @@ class JobSession:
         else:
             if end.memory_bytes is not None:
                 self._settle_memory(end.memory_bytes)
+                return
+            if end.interrupted:
+                self._signals_sent += 1
+                self._news.set()
                 return
             self._end = end
         asyncio.get_running_loop().remove_reader(self._leash)

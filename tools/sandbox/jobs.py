@@ -60,15 +60,16 @@ class JobEnd(msgspec.Struct):
     exit_code: int = 0
     wall_ms: float = 0.0
     error: str = ""
+    dead_before: bool = False
+    """With the error: what was to run the code ended before that; another may do it."""
     memory_bytes: int | None = None
     """Only in the answer to the question; the job goes on."""
+    interrupted: bool = False
+    """The signal that was asked for has been sent; the job goes on."""
 
 
 class DeadBefore(SandboxError):
-    """The server was dead before a job reached it."""
-
-    def __init__(self) -> None:
-        super().__init__("zygote_died", "the fork server died before the call")
+    """What was to run a job died before any of its code ran: it may be tried once more."""
 
 
 class JobServer(ABC):
@@ -107,11 +108,13 @@ class JobServer(ABC):
         return self.decode_end(packet)
 
     def decode_end(self, packet: bytes) -> JobEnd:
-        """What a packet on a leash says. Raises SandboxError when it says that the sandbox failed."""
+        """What a packet on a leash says. Raises DeadBefore, or another SandboxError, when the sandbox has failed."""
         if not packet:
             self.give_up()
             raise SandboxError(self.died, "the server of the call died during it")
         end = msgspec.json.decode(packet, type=JobEnd)
+        if end.dead_before:
+            raise DeadBefore("setup_failed", end.error)
         if end.error:
             raise SandboxError("setup_failed", end.error)
         return end

@@ -10,11 +10,11 @@ the kernel does not limit without namespaces: total memory, the number of proces
 is its only writable one.
 """
 
+import contextlib
 import json
 import os
 import resource
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -22,8 +22,8 @@ import tempfile
 import time
 from typing import Any
 
-from tools.sandbox import linux, root, seccomp, shell, watch
-from tools.sandbox.payload import do, seed_random
+from tools.sandbox import linux, root, scratch, seccomp, shell, watch
+from tools.sandbox.payload import BEGUN, do, seed_random
 
 LEAST_LANDLOCK_ABI = 6
 """It keeps signals inside; before it, code could kill other processes of the same user."""
@@ -41,6 +41,8 @@ class Keeper:
         self._leash = socket.socket(fileno=leash_fd)
         self._job: dict[str, Any] = settings["job"]
         self._confined: bool = settings["confined"]
+        if self._confined:
+            _keep_signals_inside()
         self._directory = tempfile.mkdtemp(prefix="sandbox-")
         self._reason = "exit"
         self._payload = 0
@@ -49,7 +51,6 @@ class Keeper:
     def keep(self) -> None:
         """Run the job and say how it ended."""
         started = time.monotonic()
-        end: dict[str, Any] = {}
         read_fd, write_fd = os.pipe()
         try:
             self._payload = os.fork()
@@ -59,11 +60,16 @@ class Keeper:
             for fd in self._fds:
                 os.close(fd)
             self._watch(started)
-            end = json.loads(os.read(read_fd, 1 << 12) or b"{}")
         finally:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._kill_all()
+            with contextlib.suppress(OSError):  # a mount of unconfined code may be in it
+                scratch.remove(self._directory)
         wall_ms = (time.monotonic() - started) * 1e3
-        end = {"exit_code": self._exit_code, "reason": self._reason, "wall_ms": wall_ms} | end
+        end = {"exit_code": self._exit_code, "reason": self._reason, "wall_ms": wall_ms}
+        if word := os.read(read_fd, 1 << 12):
+            end |= json.loads(word)
+        elif self._reason == "exit":  # no limit of the job has ended it
+            end["error"] = f"ended with {self._exit_code} before the code began"
         try:
             self._leash.send(json.dumps(end).encode())
         except OSError:
@@ -74,6 +80,7 @@ class Keeper:
         try:
             try:
                 self._become_a_program(status_fd)
+                os.write(status_fd, BEGUN)
             except OSError as error:
                 os.write(status_fd, json.dumps({"error": str(error)}).encode())
                 return
@@ -104,17 +111,20 @@ class Keeper:
 
     def _limit(self, limits: dict[str, Any]) -> None:
         cpu_s = limits["cpu_s"] if self._job["kind"] == "call" else limits["session_cpu_s"]
+        _, allowed = resource.getrlimit(resource.RLIMIT_NPROC)
         of_user = sum(map(_is_mine, watch.pids())) + _MORE_PROCESSES
-        for limit, value in (
-            (resource.RLIMIT_AS, limits["process_memory_bytes"]),
-            (resource.RLIMIT_FSIZE, limits["file_bytes"]),
-            (resource.RLIMIT_NOFILE, limits["files"]),
-            (resource.RLIMIT_NPROC, of_user),
-            (resource.RLIMIT_CORE, 0),
+        if allowed != resource.RLIM_INFINITY:
+            of_user = min(of_user, allowed)
+        for name, value in (
+            ("AS", limits["process_memory_bytes"]),
+            ("FSIZE", limits["file_bytes"]),
+            ("NOFILE", limits["files"]),
+            ("NPROC", of_user),
+            ("CORE", 0),
         ):
-            resource.setrlimit(limit, (value, value))
+            linux.limit(name, value, value)
         hard = cpu_s + 1 if self._job["kind"] == "call" else cpu_s
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, hard))
+        linux.limit("CPU", cpu_s, hard)
 
     # -- while it runs -------------------------------------------------------------------------------------
 
@@ -136,7 +146,6 @@ class Keeper:
                 self._end("wall")
             else:
                 self._enforce(limits)
-        self._kill_all()
 
     def _hear(self) -> None:
         try:
@@ -145,11 +154,15 @@ class Keeper:
             message = b""
         if message == b"interrupt":
             os.killpg(self._payload, signal.SIGINT)
+            self._tell({"interrupted": True})
         elif message == b"memory":
-            answer = {"memory_bytes": watch.proportional_bytes(self._descendants())}
-            self._leash.send(json.dumps(answer).encode())
+            self._tell({"memory_bytes": watch.proportional_bytes(self._descendants())})
         else:
             self._end("killed")
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # the client has gone, which the leash tells next
+            self._leash.send(json.dumps(message).encode())
 
     def _enforce(self, limits: dict[str, Any]) -> None:
         descendants = self._descendants()
@@ -157,7 +170,7 @@ class Keeper:
             self._end("processes")
         elif watch.uses_more_than(limits["memory_bytes"], descendants):
             self._end("memory")
-        elif _bytes_in(self._directory) > limits["disk_bytes"]:
+        elif scratch.takes_more_than(limits["disk_bytes"], self._directory, descendants):
             self._end("disk")
 
     def _end(self, reason: str) -> None:
@@ -170,17 +183,26 @@ class Keeper:
     def _kill_all(self) -> None:
         """Until there is none left: what is killed leaves its children to the keeper."""
         while True:
-            for pid in self._descendants():
-                try:
+            # all at once where the kernel keeps our signals inside: what forks and ends is never found by its pid
+            for pid in [-1] if self._confined else self._descendants():
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue  # it has just ended
             try:
                 pid, status = os.waitpid(-1, 0)
             except ChildProcessError:
                 return
             if pid == self._payload and self._exit_code is None:
                 self._exit_code = os.waitstatus_to_exitcode(status)
+
+
+def _keep_signals_inside() -> None:
+    """Raises OSError where they are not: killing all that may be signalled would kill all of this user's processes."""
+    linux.keep_signals_inside()
+    try:
+        os.kill(os.getppid(), 0)
+    except PermissionError:
+        return
+    raise OSError("Landlock does not keep signals inside")
 
 
 def _confine(directory: str) -> None:
@@ -203,17 +225,6 @@ def _is_mine(pid: int) -> bool:
         return os.stat(f"/proc/{pid}").st_uid == os.getuid()
     except OSError:
         return False  # it has just ended
-
-
-def _bytes_in(directory: str) -> int:
-    total = 0
-    for path, _, names in os.walk(directory):
-        for name in names:
-            try:
-                total += os.lstat(f"{path}/{name}").st_blocks * 512
-            except OSError:
-                continue  # it has just been deleted
-    return total
 
 
 def main() -> None:

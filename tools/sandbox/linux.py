@@ -4,8 +4,10 @@ import _socket
 import array
 import contextlib
 import ctypes
+import errno
 import os
 import platform
+import resource
 import signal
 import socket
 import struct
@@ -24,8 +26,6 @@ MS_NOEXEC = 8
 MS_BIND = 1 << 12
 MS_REC = 1 << 14
 MS_PRIVATE = 1 << 18
-
-MS_REMOUNT = 32
 
 _MADV_COLLAPSE = 25
 _HUGE_PAGE_BYTES = 2 << 20
@@ -56,7 +56,8 @@ _LANDLOCK_PATH_BENEATH = 1
 _LANDLOCK_ALL_FILES = 0xFFFF
 """Every right on files up to ABI 5; on 6 the rights of a file system end there."""
 _LANDLOCK_ALL_NETWORK = 0x3
-_LANDLOCK_ALL_SCOPES = 0x3
+_LANDLOCK_SCOPE_SIGNALS = 0x2
+_LANDLOCK_ALL_SCOPES = 0x1 | _LANDLOCK_SCOPE_SIGNALS
 """Abstract sockets and signals; ABI 6."""
 LANDLOCK_READ = 0x1 | 0x4 | 0x8
 """Execute, read files, read directories."""
@@ -187,16 +188,31 @@ def landlock(rights: dict[int, int]) -> None:
 
     Nor TCP, nor abstract sockets and processes outside. Asks for ABI 6; needs no_new_privs.
     """
-    attributes = struct.pack(
-        "QQQ", _LANDLOCK_ALL_FILES, _LANDLOCK_ALL_NETWORK, _LANDLOCK_ALL_SCOPES
-    )
-    ruleset = _check(
-        _libc.syscall(_SYS_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0), "landlock"
-    )
+    ruleset = _landlock_ruleset(_LANDLOCK_ALL_FILES, _LANDLOCK_ALL_NETWORK, _LANDLOCK_ALL_SCOPES)
     for fd, allowed in rights.items():
         rule = struct.pack("=Qi", allowed, fd)
         added = _libc.syscall(_SYS_LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_PATH_BENEATH, rule, 0)
         _check(added, "landlock rule")
+    _landlock_restrict(ruleset)
+
+
+def keep_signals_inside() -> None:
+    """Let this process and what comes from it signal nobody else: `kill(-1)` ends what comes from it, all at once.
+
+    Asks for Landlock's ABI 6.
+    """
+    _prctl(PR_SET_NO_NEW_PRIVS, 1, "PR_SET_NO_NEW_PRIVS")
+    _landlock_restrict(_landlock_ruleset(0, 0, _LANDLOCK_SCOPE_SIGNALS))
+
+
+def _landlock_ruleset(files: int, network: int, scopes: int) -> int:
+    attributes = struct.pack("QQQ", files, network, scopes)
+    return _check(
+        _libc.syscall(_SYS_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0), "landlock"
+    )
+
+
+def _landlock_restrict(ruleset: int) -> None:
     _check(_libc.syscall(_SYS_LANDLOCK_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
     os.close(ruleset)
 
@@ -251,15 +267,30 @@ def install_seccomp(program: bytes) -> None:
 def receive_fds(channel: _socket.socket, size_bytes: int, most: int) -> tuple[bytes, list[int]]:
     """A message and its descriptors, which no program executed later inherits.
 
-    `socket.recv_fds` leaves them open for every child: it drops the flag that it is given.
+    `socket.recv_fds` leaves them open for every child: it drops the flag that it is given. Raises OSError, and drops
+    the message, where this process may not open so many more: the kernel hands over those that it may.
     """
     received = array.array("i")
     room = socket.CMSG_SPACE(most * received.itemsize)
-    message, ancillary, _, _ = channel.recvmsg(size_bytes, room, socket.MSG_CMSG_CLOEXEC)
+    message, ancillary, flags, _ = channel.recvmsg(size_bytes, room, socket.MSG_CMSG_CLOEXEC)
     for level, kind, content in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             received.frombytes(content[: len(content) - len(content) % received.itemsize])
+    if flags & socket.MSG_CTRUNC:
+        for fd in received:
+            os.close(fd)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     return message, list(received)
+
+
+def limit(name: str, soft: int, hard: int) -> None:
+    """setrlimit(2), of RLIMIT_ and the name. Raises OSError, which says what this host allows."""
+    number = getattr(resource, f"RLIMIT_{name}")
+    try:
+        resource.setrlimit(number, (soft, hard))
+    except ValueError:
+        allowed = resource.getrlimit(number)[1]
+        raise OSError(f"RLIMIT_{name}: {hard} are asked for, {allowed} allowed here") from None
 
 
 def close_all_but(keep: set[int]) -> None:

@@ -23,6 +23,8 @@ class NamespaceSandbox:
     def __init__(self, imports: Sequence[str] = ()) -> None:
         self._imports = tuple(imports)
         self._server: ForkServer | None = None
+        self._others: dict[tuple[str, ...], NamespaceSandbox] = {}
+        """With other imports."""
         self._turn = asyncio.Lock()
         self._closed = False
 
@@ -49,9 +51,18 @@ class NamespaceSandbox:
             server = await self._running_server()
             return await JobSession.open(server, kind, limits)
 
+    def importing(self, modules: Sequence[str]) -> "NamespaceSandbox":
+        """See Sandbox.importing: each set of modules has a fork server of its own, started when it is first needed."""
+        imports = tuple(modules)
+        if imports == self._imports:
+            return self
+        return self._others.setdefault(imports, NamespaceSandbox(imports))
+
     async def close(self) -> None:
         """Kill every running call and session, and the server."""
         self._closed = True
+        for other in self._others.values():
+            await other.close()
         async with self._turn:
             if self._server:
                 await self._server.stop()

@@ -6,7 +6,8 @@ Standard library only. The job is one packet on `stage`: `{"kind": …, "limits"
     python    output, channel                     cells, as they come on the channel; see session_cells.py
     bash      output, lines, replies              scripts, as they come; see shell.py
 
-`stage` is closed before any of the code runs, so nothing the code does looks like the server's or this module's word.
+The last word on `stage` before any of the code runs is BEGUN, or why it does not: `{"error": …}`. Then `stage` is
+closed, so nothing the code does looks like the server's or this module's word.
 """
 
 import _socket
@@ -21,6 +22,7 @@ from tools.sandbox.session_cells import serve_cells
 from tools.sandbox.world import World
 
 PACKET_BYTES = 1 << 16
+BEGUN = b"{}"
 SETUP_FAILED = 97
 _MOST_DESCRIPTORS = 4
 _SAMPLE = '{"kind": "call", "limits": {"wall_s": 1.0, "files": 1}}'
@@ -40,6 +42,7 @@ def stand_by(stage_fd: int, network_fd: int, world: World, disk_bytes: int) -> N
             job = json.loads(packet) if packet else None
             if job:
                 _become_a_program(job, world, output_fd=fds.pop(0))
+                stage.send(BEGUN)
         except OSError as error:
             stage.send(json.dumps({"error": str(error)}).encode())
             job = None

@@ -3,9 +3,10 @@
 Standard library only; docker.py sends it in, with the modules that it needs. Frames are a JSON line and the bytes that
 it announces: `{"of": "output", "size": 12}`.
 
-    stdin   →   "job" (first, JSON), "channel" (a request, its code and stdin: `sizes`), "lines", "interrupt"
-    stdout  ←   "output", "answers", "end" (JSON: the exit code)
+    stdin   →   "job" (first, JSON), "go", "channel" (a request, its code and stdin: `sizes`), "lines", "interrupt"
+    stdout  ←   "begun", "output", "answers", "interrupted", "end" (JSON: the exit code)
 
+None of the code runs until "begun" is answered by "go": a container that ends without it has failed, not the code.
 The code's process is of the same user and can disturb all this; it harms itself alone, since the other end believes
 nothing that comes from here.
 """
@@ -34,6 +35,7 @@ class Relay:
         self._sources: dict[int, str] = {}
         self._channel: socket.socket | None = None
         self._lines_fd = -1
+        self._go_fd = -1
         self._payload = 0
 
     def serve(self) -> None:
@@ -71,11 +73,16 @@ class Relay:
         else:
             fds = [_file(content) for content in self._read_frame()[1]]
             fds += [self._source("answers")] if limits["image_bytes"] else []
+        status_fd, ready_fd = os.pipe()
+        wait_fd, self._go_fd = os.pipe()
         self._payload = os.fork()
         if self._payload == 0:
-            _run_payload(job, output_fd, fds)
-        for fd in (output_fd, *fds):
+            _run_payload(job, output_fd, fds, (ready_fd, wait_fd))
+        for fd in (output_fd, *fds, ready_fd, wait_fd):
             os.close(fd)
+        if os.read(status_fd, 1):
+            self._send("begun", b"")
+        os.close(status_fd)
 
     def _source(self, name: str) -> int:
         read_fd, write_fd = os.pipe()
@@ -108,8 +115,11 @@ class Relay:
 
     def _obey(self) -> None:
         header, content = self._read_frame()
-        if header["of"] == "interrupt":
+        if header["of"] == "go":
+            os.write(self._go_fd, b".")
+        elif header["of"] == "interrupt":
             os.killpg(self._payload, signal.SIGINT)
+            self._send("interrupted", b"")
         elif header["of"] == "lines":
             os.write(self._lines_fd, content[0])
         elif self._channel:
@@ -151,7 +161,9 @@ def _file(content: bytes) -> int:
     return fd
 
 
-def _run_payload(job: dict[str, Any], output_fd: int, fds: list[int]) -> None:
+def _run_payload(
+    job: dict[str, Any], output_fd: int, fds: list[int], ready_wait: tuple[int, int]
+) -> None:
     exit_code = 1
     try:
         os.setsid()
@@ -159,7 +171,7 @@ def _run_payload(job: dict[str, Any], output_fd: int, fds: list[int]) -> None:
         os.dup2(output_fd, 2)
         null_fd = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null_fd, 0)
-        keep = {0, 1, 2, *fds}
+        keep = {0, 1, 2, *fds, *ready_wait}
         for name in os.listdir("/proc/self/fd"):
             if int(name) not in keep:
                 try:
@@ -174,7 +186,13 @@ def _run_payload(job: dict[str, Any], output_fd: int, fds: list[int]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limits["process_memory_bytes"],) * 2)
         with open(_RC_PATH, "w", encoding="utf-8") as file:
             file.write(start_up_file(_RC_PATH))
-        exit_code = do(job, fds, _RC_PATH)
+        ready_fd, wait_fd = ready_wait
+        os.write(ready_fd, b".")
+        os.close(ready_fd)
+        told_to_go = os.read(wait_fd, 1)
+        os.close(wait_fd)
+        if told_to_go:
+            exit_code = do(job, fds, _RC_PATH)
     finally:
         os._exit(exit_code)
 

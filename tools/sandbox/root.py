@@ -1,7 +1,8 @@
 """The fork server's own world: its namespaces, and a read-only root with an interpreter and nothing of ours.
 
 Standard library only. Visible are the system's programs and libraries, the Python installation, and the
-site-packages of the interpreter that starts it; not the project, home directories, /etc, /var or /run.
+site-packages of the interpreter that starts it; not the project, home directories, /var or /run, nor /etc but for
+what finds libraries and fonts.
 """
 
 import os
@@ -20,7 +21,7 @@ _ROOT = "/tmp"
 
 _SYSTEM = [
     "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/share",
-    "/usr/local/bin", "/usr/local/lib", "/usr/local/lib64", "/etc/ld.so.cache", "/etc/alternatives",
+    "/usr/local/bin", "/usr/local/lib", "/usr/local/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/etc/fonts",
 ]  # fmt: skip
 _TOP_LEVEL = ["/bin", "/sbin", "/lib", "/lib32", "/lib64"]
 DEVICES = ["null", "zero", "full", "random", "urandom"]

@@ -1,5 +1,6 @@
 """What a sandbox is: hostile code in, what it printed and how it ended out; once, or again and again in a session."""
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -86,7 +87,10 @@ class Session(Protocol):
         ...
 
     async def memory_bytes(self) -> int:
-        """What all its processes take now; memory shared with n others counts 1/n. 0 when it is not alive."""
+        """What its processes take now, and its files where they are in memory; 0 when it is not alive.
+
+        Memory shared with n others counts 1/n.
+        """
         ...
 
     async def close(self) -> None:
@@ -109,6 +113,13 @@ class Sandbox(Protocol):
 
     async def open_session(self, kind: SessionKind, limits: Limits | None = None) -> Session:
         """Start a session; `limits` are those of the session and of each run in it. Raises SandboxError."""
+        ...
+
+    def importing(self, modules: Sequence[str]) -> "Sandbox":
+        """This sandbox, but its Python code finds just these modules already imported, where the tier can do that.
+
+        It closes with this one.
+        """
         ...
 
     async def close(self) -> None:

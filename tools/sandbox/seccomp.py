@@ -6,6 +6,7 @@ namespaces, or take memory that no limit counts.
 """
 
 import struct
+from collections.abc import Sequence
 
 _DENIED = {
     # name: (x86_64, aarch64)
@@ -101,12 +102,17 @@ _PRLIMIT = (302, 261)
 _CLONE = (56, 220)
 _CLONE3 = (435, 435)
 _SOCKET = (41, 198)
+_SOCKET_PAIR = (53, 199)
+_SET_SOCKET_OPTION = (54, 208)
 _PRCTL = (157, 167)
 _AUDIT_ARCH = (0xC000003E, 0xC00000B7)
 _MACHINES = ("x86_64", "aarch64")
 
 _CLONE_NEW_ANY = 0x7E020000
 _AF_UNIX = 1
+_SOCK_DGRAM, _SOCK_RAW = 2, 3
+_SOCKET_TYPE_BITS = 0xF
+_SOL_SOCKET, _SO_SNDBUF = 1, 7
 _PR_SET_DUMPABLE = 4
 _X32 = 0x40000000
 
@@ -115,13 +121,34 @@ _OFFSET_NUMBER = 0
 _OFFSET_ARCH = 4
 _OFFSET_FIRST_ARGUMENT = 16
 _OFFSET_SECOND_ARGUMENT = 24
+_OFFSET_THIRD_ARGUMENT = 32
 
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN, _AND = 0x20, 0x15, 0x35, 0x45, 0x06, 0x54
 ALLOW = 0x7FFF0000
 KILL = 0x80000000
 EPERM = 0x00050000 | 1
 ENOSYS = 0x00050000 | 38
 NOTHING = 0x00050000
+
+_REFUSE_DATAGRAMS = (
+    # such a unix socket sends to any address without connect(2)
+    (_LOAD, 0, 0, _OFFSET_SECOND_ARGUMENT),
+    (_AND, 0, 0, _SOCKET_TYPE_BITS),
+    (_EQUAL, 1, 0, _SOCK_DGRAM),
+    (_EQUAL, 0, 1, _SOCK_RAW),
+    (_RETURN, 0, 0, EPERM),
+    (_LOAD, 0, 0, _OFFSET_NUMBER),
+)
+
+_IGNORE_LARGE_BUFFERS = (
+    # what waits in a socket is memory that the watcher cannot see: it stays at the default
+    (_LOAD, 0, 0, _OFFSET_SECOND_ARGUMENT),
+    (_EQUAL, 0, 3, _SOL_SOCKET),
+    (_LOAD, 0, 0, _OFFSET_THIRD_ARGUMENT),
+    (_EQUAL, 0, 1, _SO_SNDBUF),
+    (_RETURN, 0, 0, NOTHING),
+    (_LOAD, 0, 0, _OFFSET_NUMBER),
+)
 
 
 def denied(machine: str, *, namespaces: bool = True) -> dict[str, int]:
@@ -150,6 +177,11 @@ def program(machine: str, *, namespaces: bool = True) -> bytes:
     def add(operation: int, if_true: int, if_false: int, operand: int) -> None:
         code.append(struct.pack("HBBI", operation, if_true, if_false, operand))
 
+    def add_for(call: int, rules: Sequence[tuple[int, int, int, int]]) -> None:
+        add(_EQUAL, 0, len(rules), call)
+        for rule in rules:
+            add(*rule)
+
     def refuse_unless_argument(call: int, test: int, operand: int, *, refuse_if: bool) -> None:
         add(_EQUAL, 0, 4, call)
         add(_LOAD, 0, 0, _OFFSET_FIRST_ARGUMENT)
@@ -174,6 +206,9 @@ def program(machine: str, *, namespaces: bool = True) -> bytes:
             add(_EQUAL, 0, 1, number)
             add(_RETURN, 0, 0, NOTHING)
         refuse_unless_argument(_PRLIMIT[column], _EQUAL, 0, refuse_if=False)  # only its own
+        for call in (_SOCKET[column], _SOCKET_PAIR[column]):
+            add_for(call, _REFUSE_DATAGRAMS)
+    add_for(_SET_SOCKET_OPTION[column], _IGNORE_LARGE_BUFFERS)
     refuse_unless_argument(_CLONE[column], _ANY_BIT, _CLONE_NEW_ANY, refuse_if=True)
     refuse_unless_argument(_SOCKET[column], _EQUAL, _AF_UNIX, refuse_if=False)
     add(_EQUAL, 0, 5, _PRCTL[column])

@@ -55,7 +55,7 @@ What to do:
   user namespaces
 - where `sysctl user.max_user_namespaces` is 0: raise it
 - tier `landlock`: Linux 6.12 or later, and an ordinary user
-- tier `docker`: `pip install agentic-actors[docker]`, a docker daemon that this user may speak to, and its image:
+- tier `docker`: the docker SDK (`make setup` installs it), a docker daemon that this user may speak to, and its image:
   `docker pull python:3.11-slim`
 - for code that you trust as you trust yourself: `tools.tier = "unsafe"`, which isolates nothing"""
 

@@ -5,6 +5,8 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Callable
+from itertools import accumulate, pairwise
+from typing import Annotated
 
 import msgspec
 
@@ -21,6 +23,7 @@ class Output:
         self._fd = fd
         self._limit_bytes = limit_bytes
         self._on_full = on_full
+        self._resting = False
         self._loop = asyncio.get_running_loop()
         os.set_blocking(fd, False)
         self._loop.add_reader(fd, self.read)
@@ -41,6 +44,8 @@ class Output:
                 if not self.full:
                     self.full = True
                     self._on_full()
+                if self._resting:
+                    self._loop.remove_reader(self._fd)
                 return  # others have their turn; this may go on without end
 
     def take(self) -> bytes:
@@ -52,8 +57,16 @@ class Output:
         return taken
 
     def limit(self, limit_bytes: int) -> None:
-        """Collect so much from now on."""
+        """A run begins: collect so much, of what was printed before it at most half."""
         self._limit_bytes = limit_bytes
+        del self._collected[limit_bytes // 2 :]
+        self.full = False
+        self._resting = False
+        self._loop.add_reader(self._fd, self.read)
+
+    def rest(self) -> None:
+        """No run is on: who prints more than the limit meanwhile has to wait for the next one."""
+        self._resting = True
 
     def close(self) -> None:
         """Read no more."""
@@ -65,7 +78,9 @@ class Answer(msgspec.Struct):
     """How one run ended, as the code's own process says it; see session_cells.py, shell.py and payload.py."""
 
     run: int = 0
-    exit_code: int = 0
+    begun: bool = False
+    """Of a run of bash: it was read whole, and can be interrupted. Its answer is to come."""
+    exit_code: Annotated[int, msgspec.Meta(ge=-64, le=255)] = 0
     images: list[int] = []
     """Sizes in bytes of what follows the header."""
     restarted: bool = False
@@ -79,6 +94,8 @@ class Answers:
         self.garbled = False
         """The code has written something else there: nobody will listen to it any more."""
         self._received = bytearray()
+        self._awaited_bytes = 0
+        """Until there are so many of them nothing is looked at again: they may come one by one."""
         self._fd = fd
         self._on_news = on_news
         self._loop = asyncio.get_running_loop()
@@ -104,12 +121,18 @@ class Answers:
         self.garbled = True
         self._loop.remove_reader(self._fd)
         self._received.clear()
+        self._awaited_bytes = 0
 
     def take(self) -> tuple[Answer, list[bytes]] | None:
         """The next answer, when it is complete."""
-        header, newline, rest = self._received.partition(b"\n")
-        if not newline:
+        if len(self._received) < self._awaited_bytes:
             return None
+        header_bytes = self._received.find(b"\n", 0, _HEADER_BYTES) + 1
+        if not header_bytes:
+            if len(self._received) >= _HEADER_BYTES:
+                self._give_up()
+            return None
+        header = self._received[:header_bytes]
         try:
             answer = msgspec.json.decode(header, type=Answer)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # the code wrote it
@@ -118,13 +141,14 @@ class Answers:
         if any(size < 0 for size in answer.images) or sum(answer.images) > self.image_limit_bytes:
             self._give_up()
             return None
-        if len(rest) < sum(answer.images):
+        self._awaited_bytes = header_bytes + sum(answer.images)
+        if len(self._received) < self._awaited_bytes:
             return None
-        images = []
-        for size in answer.images:
-            images.append(bytes(rest[:size]))
-            del rest[:size]
-        self._received = rest
+        with memoryview(self._received) as received:
+            ends = list(accumulate(answer.images, initial=header_bytes))
+            images = [bytes(received[first:end]) for first, end in pairwise(ends)]
+        del self._received[: self._awaited_bytes]
+        self._awaited_bytes = 0
         return answer, images
 
     def drain(self) -> None:
@@ -165,10 +189,13 @@ def sealed_file(content: bytes) -> int:
     if not content:
         return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     fd = os.memfd_create("sandbox", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
-    written = 0
-    while written < len(content):
-        written += os.write(fd, content[written:] if written else content)
-    os.lseek(fd, 0, os.SEEK_SET)
-    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    with contextlib.ExitStack() as on_error:  # no memory for it
+        on_error.callback(os.close, fd)
+        written = 0
+        while written < len(content):
+            written += os.write(fd, content[written:] if written else content)
+        os.lseek(fd, 0, os.SEEK_SET)
+        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        on_error.pop_all()
     return fd

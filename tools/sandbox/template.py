@@ -36,6 +36,11 @@ class Made(NamedTuple):
     namespace: int
     """Inode of the process namespace that all its processes are in."""
 
+    def end(self) -> None:
+        """Kill them; the caller is the payload's parent."""
+        os.kill(self.init, signal.SIGKILL)
+        os.waitpid(self.payload, 0)
+
 
 class Template:
     """The server's end."""

@@ -1,5 +1,6 @@
 """What the processes of a namespace take, from /proc. Standard library only."""
 
+import contextlib
 import os
 import resource
 from collections.abc import Iterable
@@ -42,7 +43,7 @@ def processes_by_namespace() -> dict[int, list[int]]:
 
 def uses_more_than(limit_bytes: int, of: Iterable[int]) -> bool:
     """Compare the resident memory first: cheap, and never less than the proportional one."""
-    if sum(map(_resident_bytes, of)) <= limit_bytes:
+    if sum(map(resident_bytes, of)) <= limit_bytes:
         return False
     return proportional_bytes(of) > limit_bytes
 
@@ -52,7 +53,18 @@ def proportional_bytes(of: Iterable[int]) -> int:
     return sum(map(_proportional_bytes, of))
 
 
-def _resident_bytes(pid: int) -> int:
+def files_in_memory_bytes(pid: int) -> int:
+    """What lies in the directories of a process's world that are memory; 0 when it has ended."""
+    taken_bytes = 0
+    for name in ("tmp", "dev/shm"):
+        with contextlib.suppress(OSError):
+            of = os.statvfs(os.path.join("/proc", str(pid), "root", name))
+            taken_bytes += (of.f_blocks - of.f_bfree) * of.f_frsize
+    return taken_bytes
+
+
+def resident_bytes(pid: int) -> int:
+    """Pages in memory of one process, shared or not; 0 when it has ended."""
     try:
         with open(f"/proc/{pid}/statm", "rb", buffering=0) as file:
             return int(file.read(256).split()[1]) * _PAGE_BYTES
@@ -64,6 +76,8 @@ def _proportional_bytes(pid: int) -> int:
     try:
         with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
             lines = file.read().splitlines()
+    except PermissionError:
+        return resident_bytes(pid)  # its program may be executed but not read
     except OSError:
         return 0  # it has just ended
     fields = (line.split() for line in lines)

@@ -17,6 +17,11 @@ _BYTES_OF_TMP_FILE = 8192
 _MOUNT_FLAGS = linux.MS_NOSUID | linux.MS_NODEV
 
 
+def most_files(disk_bytes: int) -> int:
+    """How many files and folders the code may have, where they may take so much room."""
+    return max(_LEAST_TMP_FILES, disk_bytes // _BYTES_OF_TMP_FILE)
+
+
 def _options(size_bytes: int, files: int) -> bytes:
     return f"size={size_bytes},nr_inodes={files},mode=1777".encode()
 
@@ -65,8 +70,7 @@ class World:
     def mount_scratch(self, disk_bytes: int) -> None:
         """An empty /tmp and /dev/shm in this mount namespace, and in them what was below /tmp to be seen."""
         below_tmp = {path: os.open(path, os.O_PATH) for path in self._below_tmp}
-        files = max(_LEAST_TMP_FILES, disk_bytes // _BYTES_OF_TMP_FILE)
-        self._options.value = _options(disk_bytes, files)
+        self._options.value = _options(disk_bytes, most_files(disk_bytes))
         self._scratch.run()
         for path, fd in below_tmp.items():
             root.bind(fd, path)
@@ -92,14 +96,17 @@ class World:
         self._settle.run()
 
     def limit(self, limits: dict[str, Any], cpu_s: tuple[int, int]) -> None:
-        """Set the limits that the kernel keeps for each process; `cpu_s` is the soft and the hard one."""
+        """Set the limits that the kernel keeps for each process; `cpu_s` is the soft and the hard one.
+
+        Raises OSError.
+        """
         address_space = limits["process_memory_bytes"] + self._own_bytes
-        for limit, soft, hard in (
-            (resource.RLIMIT_AS, address_space, address_space),
-            (resource.RLIMIT_CPU, *cpu_s),
-            (resource.RLIMIT_FSIZE, limits["file_bytes"], limits["file_bytes"]),
-            (resource.RLIMIT_NOFILE, limits["files"], limits["files"]),
-            (resource.RLIMIT_NPROC, limits["processes"], limits["processes"]),
-            (resource.RLIMIT_CORE, 0, 0),
+        for name, soft, hard in (
+            ("AS", address_space, address_space),
+            ("CPU", *cpu_s),
+            ("FSIZE", limits["file_bytes"], limits["file_bytes"]),
+            ("NOFILE", limits["files"], limits["files"]),
+            ("NPROC", limits["processes"], limits["processes"]),
+            ("CORE", 0, 0),
         ):
-            resource.setrlimit(limit, (soft, hard))
+            linux.limit(name, soft, hard)

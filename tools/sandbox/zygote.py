@@ -14,10 +14,12 @@ Standard library only. Invariants:
 - A job's processes see neither the server nor other jobs. They die with their init, which the server kills when the
   payload ends, or by a limit.
 - One world is always ready for the next job: making it costs no time of the call.
+- A job that the host has no descriptors, processes or memory for is refused; those that run go on.
 - When the client dies, its end of `control` closes and the server exits; the kernel then kills everything inside.
 """
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -26,7 +28,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -41,6 +43,7 @@ _WATCH_SHARE = 0.05
 """Of the processor time of one core, for looking at the memory of many processes."""
 _USUAL_DISK_BYTES = 64 << 20
 _MOST_DESCRIPTORS = 8
+"""Of a packet. As many are kept free: to take a job that is then refused, and to look at those that run."""
 _LEASH_MESSAGE_BYTES = 64
 
 
@@ -74,7 +77,8 @@ class _Place:
     disk_bytes: int
     job: _Job | None = None
     exit_code: int = 0
-    error: dict[str, str] = field(default_factory=dict)
+    error: dict[str, Any] = field(default_factory=dict)
+    """Why none of the code has run, if so."""
 
     def kill(self, reason: str) -> None:
         """End every process of it."""
@@ -87,6 +91,17 @@ class _Place:
         """Kill init, and with it all that is left."""
         with contextlib.suppress(ProcessLookupError):  # it is killed already
             signal.pidfd_send_signal(self.init_fd, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _keeping_free(descriptors: int) -> Iterator[None]:
+    """Open the rest of what is allowed, at most."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(0, most - descriptors), most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _tell(leash: socket.socket, message: dict[str, Any]) -> None:
@@ -106,7 +121,12 @@ class Server:
         self._running: dict[int, _Place] = {}
         """By the inode of the process namespace."""
         self._ready: _Place | None = None
-        self._wanted_disk_bytes = _USUAL_DISK_BYTES
+        self._disk_bytes = _USUAL_DISK_BYTES
+        """Of the last job, and so of the world that stands by."""
+        self._lacks_world = True
+        self._descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        self._seen: dict[int, list[int]] = {}
+        """Processes, as they were when memory was last looked at."""
         self._next_watch = 0.0
         self._next_look = 0.0
         """When limits are looked at: seldom, since many may run."""
@@ -118,8 +138,8 @@ class Server:
     def serve(self) -> NoReturn:
         """Until the client goes."""
         while True:
-            events = self._epoll.poll(0 if self._wanted_disk_bytes else self._sleep_s())
-            if not events and self._wanted_disk_bytes:
+            events = self._epoll.poll(0 if self._lacks_world else self._sleep_s())
+            if not events and self._lacks_world:
                 self._stock_up()
             for fd, _ in sorted(events, key=lambda event: event[0] == self._control.fileno()):
                 # control comes last: a new job may take the descriptor numbers of one that has just ended
@@ -142,6 +162,7 @@ class Server:
     # -- starting ------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
+        self._stock_up()  # before the descriptors of the packet take the room for it
         packet, fds = linux.receive_fds(self._control, PACKET_BYTES, _MOST_DESCRIPTORS)
         if not packet:
             os._exit(0)
@@ -149,7 +170,8 @@ class Server:
         try:
             self._start(packet, leash, fds[1:])
         except OSError as error:  # no memory or descriptors for one more; those that run go on
-            _tell(leash, {"error": str(error), "wall_ms": 0.0})
+            facts = f"{len(self._running)} jobs run, RLIMIT_NOFILE is {self._descriptors}"
+            _tell(leash, {"error": f"no room for a job: {error} ({facts})", "wall_ms": 0.0})
             leash.close()
         finally:
             for fd in fds[1:]:
@@ -157,18 +179,33 @@ class Server:
 
     def _start(self, packet: bytes, leash: socket.socket, fds: list[int]) -> None:
         started = time.monotonic()
+        if leash.fileno() >= self._descriptors - _MOST_DESCRIPTORS:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         description = json.loads(packet)
         limits = description["limits"]
         wall_s = limits["wall_s" if description["kind"] == "call" else "session_s"]
-        place = self._take_place(limits["disk_bytes"])
-        socket.send_fds(place.stage, [packet], fds)
+        place = self._occupy(self._take_place(limits["disk_bytes"]), packet, fds)
         place.job = _Job(leash, limits["memory_bytes"], started, started + wall_s)
         self._running[place.namespace] = place
         self._next_look = min(self._next_look, started + min(wall_s, _WATCH_AFTER_S))
         self._listen(leash.fileno(), lambda: self._hear(place))
 
+    def _occupy(self, place: _Place, packet: bytes, fds: list[int]) -> _Place:
+        """Hand a job to it; to a new one, if somebody has killed it while it stood by."""
+        try:
+            socket.send_fds(place.stage, [packet], fds)
+        except OSError:
+            place.end()
+            place = self._make_place(place.disk_bytes)
+            try:
+                socket.send_fds(place.stage, [packet], fds)
+            except OSError:
+                place.end()
+                raise
+        return place
+
     def _take_place(self, disk_bytes: int) -> _Place:
-        self._wanted_disk_bytes = disk_bytes
+        self._disk_bytes, self._lacks_world = disk_bytes, True
         place, self._ready = self._ready, None
         if place and place.disk_bytes == disk_bytes:
             return place
@@ -177,26 +214,31 @@ class Server:
         return self._make_place(disk_bytes)
 
     def _stock_up(self) -> None:
-        wanted, self._wanted_disk_bytes = self._wanted_disk_bytes, 0
+        self._lacks_world = False
         if self._ready is None:
             try:
-                self._ready = self._make_place(wanted)
+                self._ready = self._make_place(self._disk_bytes)
             except OSError:
                 return  # the next job tries again, and tells its client
 
     def _make_place(self, disk_bytes: int) -> _Place:
-        stage, far_stage = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with contextlib.ExitStack() as undo, far_stage:
+        with _keeping_free(_MOST_DESCRIPTORS), contextlib.ExitStack() as undo:
+            stage, far_stage = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             undo.callback(stage.close)
-            network = self._networks.take()
-            undo.callback(os.close, network)
-            made = self._template.make(disk_bytes, far_stage, network)
+            with far_stage:
+                network = self._networks.take()
+                undo.callback(os.close, network)
+                made = self._template.make(disk_bytes, far_stage, network)
+            undo.callback(made.end)
+            init_fd = os.pidfd_open(made.init)
+            undo.callback(os.close, init_fd)
+            payload_fd = os.pidfd_open(made.payload)
             undo.pop_all()
         place = _Place(
             init=made.init,
-            init_fd=os.pidfd_open(made.init),
+            init_fd=init_fd,
             payload=made.payload,
-            payload_fd=os.pidfd_open(made.payload),
+            payload_fd=payload_fd,
             namespace=made.namespace,
             network=network,
             stage=stage,
@@ -218,9 +260,11 @@ class Server:
         if message == b"interrupt":
             with contextlib.suppress(ProcessLookupError):  # it is not a program yet, or no longer
                 os.killpg(place.payload or place.init, signal.SIGINT)
+            _tell(job.leash, {"interrupted": True})
         elif message == b"memory":
-            pids = watch.processes_by_namespace().get(place.namespace, [])
-            _tell(job.leash, {"memory_bytes": watch.proportional_bytes(pids)})
+            taken_bytes = watch.proportional_bytes(self._processes(place))
+            taken_bytes += watch.files_in_memory_bytes(place.payload)
+            _tell(job.leash, {"memory_bytes": taken_bytes})
         else:
             self._forget(job.leash.fileno())
             place.kill("killed")
@@ -232,14 +276,21 @@ class Server:
         place.payload = 0
         place.exit_code = os.waitstatus_to_exitcode(status)
         try:
-            place.error = json.loads(place.stage.recv(PACKET_BYTES, socket.MSG_DONTWAIT) or b"{}")
+            word = place.stage.recv(PACKET_BYTES, socket.MSG_DONTWAIT)
         except OSError:
-            place.error = {}  # it had not even read the job
+            word = b""  # it had not even read the job
+        if word:
+            place.error = json.loads(word)
+        elif place.job and place.job.reason == "exit":  # no limit of the job has ended it
+            why = f"ended with {place.exit_code} before the code began"
+            place.error = {"error": why, "dead_before": True}
         if self._ready is place:
             self._ready = None
         place.end()
 
     def _init_ended(self, place: _Place) -> None:
+        if self._ready is place:
+            self._ready = None
         self._forget(place.init_fd)
         os.close(place.init_fd)
         place.stage.close()
@@ -267,8 +318,14 @@ class Server:
             self._next_watch = now + max(_WATCH_EVERY_S, took_s / _WATCH_SHARE)
         self._next_look = min(first_deadline, max(self._next_watch, now + _WATCH_AFTER_S))
 
+    def _processes(self, place: _Place) -> list[int]:
+        if place.namespace not in self._seen:  # it is new
+            self._seen = watch.processes_by_namespace()
+        return self._seen.get(place.namespace, [])
+
     def _watch_memory(self) -> None:
-        for namespace, pids in watch.processes_by_namespace().items():
+        self._seen = watch.processes_by_namespace()
+        for namespace, pids in self._seen.items():
             watched = self._running.get(namespace)
             limit = watched.job.memory_bytes if watched and watched.job else None
             if watched and limit is not None and watch.uses_more_than(limit, pids):
@@ -284,8 +341,8 @@ def main() -> None:
     sys.path.pop(0)  # the directory that holds this package
     try:
         root.enter()
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         server = Server(control, Template(settings["imports"], _USUAL_DISK_BYTES))
     except OSError as error:
         control.send(json.dumps({"error": str(error)}).encode())
