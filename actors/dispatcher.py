@@ -43,6 +43,8 @@ from schemas.recipe import Recipe, stage_limits_s
 from schemas.task import TaskRow
 from schemas.trajectory import TrajectoryId
 
+_ORPHANED_S = 5.0
+"""What another dispatcher admitted and nobody has taken for so long is woken again: it may have died in between."""
 _RECENT = 32
 """Ends looked at to see whether admissions keep failing."""
 
@@ -255,7 +257,10 @@ class Dispatcher:
         sweeps = self._recipe.deadlines.sweeps
         for name, live in self.live.items():
             limit = limits.get(live.stage)
-            if limit is None or live.outside or view.now_s - live.due_since_s < limit:
+            if limit is None or live.outside:
+                continue
+            orphaned = live.fresh and not live.sweeps and live.admitted.replica != self._replica
+            if view.now_s - live.due_since_s < (min(limit, _ORPHANED_S) if orphaned else limit):
                 continue
             # one deadline more for a holder that lives: then another may take it, and the commit rule settles it
             held_s = view.held.get(name)

@@ -122,8 +122,10 @@ class Planner:
         return min([*self._admitted.values(), read_seq + 1]) - 1
 
     def _forget_admissions(self) -> None:
-        members = [m for batch in self.batches.values() for group in batch.groups for m in group]
-        members += [m for filtered in self._filtered.values() for m in filtered]
+        batches = self.batches.values()
+        kept = [*(batch.filtered for batch in batches), *self._filtered.values()]
+        kept += [group for batch in batches for group in batch.groups]
+        members = [member for each in kept for member in each]
         needed = self.trajectories.keys() | {member.id for member in members}
         self._admitted = {name: seq for name, seq in self._admitted.items() if name in needed}
 

@@ -19,7 +19,9 @@ MARKERS_VARIABLE = "CHAOS_MARKERS"
 """A folder; `<point>.<n>` in it says that the point has fired for the n-th time."""
 
 _PAUSE_S = 1.0
-"""Between two deaths of one role, so that it lives long enough to reach the points of later work."""
+"""Before the death of a replica, so that it is seen at its work: who keeps dying before that stops the run."""
+_STEP_S = 0.6
+"""What a step of the learner takes at least: on a quick machine too, two are longer than the pause."""
 
 Passes = Callable[..., bool]
 
@@ -43,7 +45,7 @@ class Point(NamedTuple):
     passes: Passes = _always
     """Whether a call of the target, by its arguments, is the one meant."""
     early: bool = False
-    """It may come soon after the role has started: no pause before."""
+    """No pause before: it may come as soon as the role has started, or at the end, when there is no other chance."""
     times: int = 2
 
     @property
@@ -76,11 +78,11 @@ POINTS = (
     Point("dispatcher", "bus.private:put_private", "after"),
     Point("dispatcher", "bus.log:Log.append", "after", _event("admitted")),
     Point("dispatcher", "bus.lease:Lease.acquire", "after", early=True),
-    Point("dispatcher", "bus.log:Log.append_run", "before", times=1),
-    Point("dispatcher", "bus.log:Log.append_run", "after", times=1),
+    Point("dispatcher", "bus.log:Log.append_run", "before", early=True, times=1),
+    Point("dispatcher", "bus.log:Log.append_run", "after", early=True, times=1),
     Point("recorder", "actors.archive_files:RangeFiles.add", "after"),
-    Point("recorder", "actors.archive_files:RangeFiles.finish", "before"),
-    Point("recorder", "actors.archive_files:RangeFiles.finish", "after"),
+    Point("recorder", "actors.archive_files:RangeFiles.finish", "before", early=True),
+    Point("recorder", "actors.archive_files:RangeFiles.finish", "after", early=True),
     Point("learner", "bus.log:Log.append_learner", "after", _event("step")),
     Point("learner", "bus.log:Log.append_learner", "after", _event("stepped")),
     Point("learner", "bus.log:Log.append_learner", "after", _event("filtered")),
@@ -101,6 +103,21 @@ def arm(role: str) -> None:
     for point in POINTS:
         if point.role == role:
             _arm(point, begun_s)
+    if role == "learner":
+        _slow_down()
+
+
+def _slow_down() -> None:
+    from learner.policy import Policy
+
+    train_step = Policy.train_step
+
+    @functools.wraps(train_step)
+    def slow(*arguments: Any, **keywords: Any) -> Any:
+        time.sleep(_STEP_S)
+        return train_step(*arguments, **keywords)
+
+    Policy.train_step = slow  # type: ignore[method-assign]
 
 
 def _arm(point: Point, begun_s: float) -> None:
@@ -111,29 +128,28 @@ def _arm(point: Point, begun_s: float) -> None:
         owner = getattr(owner, parent)
     original = getattr(owner, name)
 
-    def dies(*arguments: Any) -> bool:
+    def fires(when: str, *arguments: Any) -> bool:
+        """Asked when it is time to die: what another point on the way killed has not fired."""
         old_enough = point.early or time.monotonic() - begun_s > _PAUSE_S
-        return old_enough and point.passes(*arguments) and _claim(point)
+        return point.when == when and old_enough and point.passes(*arguments) and _claim(point)
 
     @functools.wraps(original)
     async def asynchronous(*arguments: Any, **keywords: Any) -> Any:
-        fires = dies(*arguments)
-        if fires and point.when == "before":
+        if fires("before", *arguments):
             _die()
-        if fires and point.when == "during":
+        if fires("during", *arguments):
             asyncio.get_running_loop().call_later(0.02, _die)
         result = await original(*arguments, **keywords)
-        if fires:
+        if fires("after", *arguments):
             _die()
         return result
 
     @functools.wraps(original)
     def synchronous(*arguments: Any, **keywords: Any) -> Any:
-        fires = dies(*arguments)
-        if fires and point.when == "before":
+        if fires("before", *arguments):
             _die()
         result = original(*arguments, **keywords)
-        if fires:
+        if fires("after", *arguments):
             _die()
         return result
 

@@ -12,7 +12,7 @@ RECIPE = [
     "recipes/arithmetic.toml", "--run", "matrix",
     "--set", "generator.engine=scripted", "--set", "generator.script=oracle:script",
     "--set", "cold_start.steps=0", "--set", "learner.steps=30", "--set", "learner.groups_per_step=4",
-    "--set", "learner.group_size=4", "--set", "learner.checkpoint_every_steps=4",
+    "--set", "learner.group_size=4", "--set", "learner.checkpoint_every_steps=2",
     "--set", "generator.slots=16", "--set", "evaluation.limit=8", "--set", "evaluation.every_steps=10",
     "--set", "replicas.generator=2", "--set", "replicas.toolbox=2", "--set", "replicas.scorer=2",
     "--set", "replicas.recorder=1",

@@ -364,6 +364,29 @@ def test_an_event_begins_the_sweeps_anew() -> None:
     assert played.patrol(held=others) == [Sweep("g0-0-0")]
 
 
+def test_what_another_dispatcher_admitted_and_nobody_took_is_swept_soon() -> None:
+    """It may have died before it woke a generator. Once: then, and for what moved, the deadline counts."""
+    played = Played()
+    (own,) = (each for each in played.admit() if each == "g0-0-0")
+    orphans = [
+        replace(each, trajectory=f"g9-{n}-0", replica="gone")
+        for n, each in enumerate(played.admitted[:3])
+    ]
+    played.append(*orphans)
+    orphan, held, moved = (each.trajectory for each in orphans)
+    played.append(turn(moved, calls=1))
+    elsewhere = {event.trajectory: 0.0 for event in played.admitted if event.trajectory != own}
+    played.now_s = 4.9
+    assert played.patrol(held={held: 0.0, **elsewhere}) == []
+    played.now_s = 5.0
+    assert played.patrol(queues={"gen": Queue(waiting=8, taken=100)}) == [Sweep(moved)], "in line"
+    assert played.patrol(held={held: 0.0, **elsewhere}) == [Sweep(orphan)]
+    played.now_s = 10.0
+    assert played.patrol(held={held: 0.0, **elsewhere}) == [Sweep(own), Sweep(moved)]
+    played.now_s = 15.0
+    assert Sweep(orphan) in played.patrol(held={held: 0.0, **elsewhere})
+
+
 def test_each_stage_has_its_own_deadline() -> None:
     """A scored trajectory waits for its group as long as it takes."""
     played = Played()

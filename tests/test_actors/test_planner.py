@@ -373,6 +373,25 @@ def test_what_was_trained_is_what_the_log_says(log: list[AnyEvent]) -> None:
     assert len(taken) == len(set(taken))
 
 
+def test_what_a_recorded_step_filtered_is_read_again_from_a_checkpoint_before_it() -> None:
+    """Step 2 is recorded, its learner was killed, and the next one takes the checkpoint of step 1 on its way there."""
+    learning = Learning()
+    learning.append(*group("g0", 0.0, 1.0), *group("g1", 1.0, 0.0))
+    learning.learn(0)
+    learning.finish(1)
+    learning.append(*group("g2", 1.0, 1.0), *group("g3", 0.0, 1.0), *group("g4", 1.0, 0.0))
+    assert groups_of(learning.learn(1)) == ["g3", "g4"]
+    whole = learning.planner.batches[2]
+    assert {member.group for member in whole.filtered} == {"g2"}
+
+    del learning.planner.batches[1]  # trained again
+    read_seq = learning.planner.needed_from(len(learning.log))
+    resumed = Planner(RECIPE, 1, "learner", learning.planner.seq)
+    for seq, event in enumerate(learning.log[read_seq:], read_seq + 1):
+        resumed.observe(event, seq, float(seq))
+    assert resumed.batches == {2: whole}
+
+
 def test_our_own_events_are_taken_in_once() -> None:
     """When they are appended, and not again when the log shows them."""
     learning = Learning()
