@@ -16,7 +16,7 @@ from msgspec import Meta
 from tools.errors import ToolError
 from tools.function import tool
 from tools.tool import Context, Observation, Options, Place
-from tools.workers import Late, Workers, open_workers
+from tools.workers import Crashed, Late, Workers, open_workers
 
 _GRACE_S = 2.0
 """For a child to say itself that the time is over."""
@@ -73,6 +73,8 @@ class Databases:
             )
         except Late:
             return Observation(text=f"Timed out after {wall_s:g} s.", ok=False)
+        except Crashed:
+            return Observation(text="The database crashed on this query.", ok=False)
         if reply["failed"]:
             raise ToolError("database", reply["text"])
         return Observation(text=reply["text"], ok=reply["ok"])

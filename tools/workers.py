@@ -31,6 +31,14 @@ _IMPORT_ROOT = Path(tools.__file__).parent.parent
 _LENGTH = struct.Struct("<I")
 _PR_SET_PDEATHSIG = 1
 _ENDING_S = 1.0
+_CRASHES = {
+    -signal.SIGSEGV,
+    -signal.SIGBUS,
+    -signal.SIGILL,
+    -signal.SIGFPE,
+    -signal.SIGABRT,
+}
+"""Ends that a library brings upon itself; whoever kills from outside uses others."""
 _LAUNCHER = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -41,6 +49,10 @@ serve(sys.argv[2], int(sys.argv[3]))
 
 class Late(Exception):
     """A child did not answer in time, and was killed."""
+
+
+class Crashed(ToolError):
+    """A child died of what it was given: a library's own fault, or memory that it did not get."""
 
 
 class Workers:
@@ -57,7 +69,7 @@ class Workers:
     async def call(self, within_s: float, /, **arguments: Any) -> Any:
         """What the function returns. The wait for a free child does not count.
 
-        Raises Late; ToolError if the child dies.
+        Raises Late; Crashed; ToolError if the child dies of something else.
         """
         request = msgspec.msgpack.encode(arguments)
         async with self._free:
@@ -75,7 +87,8 @@ class Workers:
                         await child.wait()
                 await self._end(child)
                 detail = f"a child process for {self._function} ended with {child.returncode}"
-                raise ToolError("worker_died", detail) from error
+                kind = Crashed if child.returncode in _CRASHES else ToolError
+                raise kind("worker_died", detail) from error
             except asyncio.CancelledError:  # it may still be writing: no use for the next call
                 await self._end(child)
                 raise

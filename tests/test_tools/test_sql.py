@@ -291,6 +291,13 @@ async def test_a_value_nested_too_deeply_is_told() -> None:
     assert text == "a | b\n-----\n(nested too deeply) | 1\n(1 row)"
 
 
+async def test_a_query_that_crashes_duckdb_is_a_bad_query(ask: Ask, ducks: Path) -> None:
+    """Some of its recursions end with the stack: an observation, and the next query has a new child."""
+    seen = await ask(f"SELECT {'[' * 900}{']' * 900}", ducks, wall_s=60.0)
+    assert seen == Observation(text="The database crashed on this query.", ok=False)
+    assert (await ask("SELECT count(*) AS n FROM duck", ducks)).text == "n\n-\n5\n(1 row)"
+
+
 async def test_a_name_in_duckdb_is_no_variable_of_ours(ask: Ask, ducks: Path) -> None:
     """A table that is not there is not looked for among the program's own names."""
     seen = await ask("SELECT * FROM path", ducks)
