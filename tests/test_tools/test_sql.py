@@ -292,9 +292,10 @@ async def test_a_value_nested_too_deeply_is_told() -> None:
 
 
 async def test_a_query_that_crashes_duckdb_is_a_bad_query(ask: Ask, ducks: Path) -> None:
-    """Some of its recursions end with the stack: an observation, and the next query has a new child."""
+    """Some of its recursions end with the stack, or with all memory: an observation, and the next query is answered."""
     seen = await ask(f"SELECT {'[' * 900}{']' * 900}", ducks, wall_s=60.0)
-    assert seen == Observation(text="The database crashed on this query.", ok=False)
+    assert not seen.ok
+    assert "crashed" in seen.text or "Memory" in seen.text
     assert (await ask("SELECT count(*) AS n FROM duck", ducks)).text == "n\n-\n5\n(1 row)"
 
 
