@@ -22,9 +22,8 @@ from actors.row_images import load_row_image, with_images
 from actors.watchdog import Sight, Waiting, Watchdog
 from bus import policy, private, subjects
 from bus.bookmark import read_bookmark, write_bookmark
-from bus.codec import encode
 from bus.dead import follow_dead
-from bus.errors import BusError, Conflict, Unavailable
+from bus.errors import BusError, Conflict, TooLarge, Unavailable
 from bus.lease import Lease
 from bus.log import Stored, fold_stored
 from bus.room import shortage
@@ -45,8 +44,6 @@ log = structlog.get_logger()
 _PATROL_S = 1.0
 _POLL_S = 0.1
 _APPENDS_AT_ONCE = 32
-_ENVELOPE_BYTES = 4096
-"""More than a message's headers, and what longer names take."""
 
 
 class Dispatching:
@@ -159,9 +156,7 @@ class Dispatching:
                 return
             await self._keep_place(read_seq)
             decisions = [await self._pictured(each) for each in await self._decisions(now)]
-            ready = [each for each in decisions if each is not None]
-            self._check_sizes(ready)
-            await self._carry_out(ready)
+            await self._carry_out(each for each in decisions if each is not None)
 
     async def _resume(self) -> int:
         """Begin at the bookmark; returns where to read on. Of what was before, only the run's own events are read."""
@@ -289,18 +284,6 @@ class Dispatching:
         events = [structs.replace(event, public=public) for event in decision.events]
         return Admit(events, decision.private)
 
-    def _check_sizes(self, decisions: Iterable[Decision]) -> None:
-        """Raises RecipeError for a row of which no message holds a part: it would never be admitted."""
-        limit_bytes = self._process.bus.client.max_payload - _ENVELOPE_BYTES
-        for each in decisions:
-            if isinstance(each, Admit):
-                # those of a group are the same but for their names, and all others were admitted before
-                parts = {"public": each.events[0], "private": each.private}
-                for part, content in parts.items():
-                    if (size_bytes := len(encode(content))) > limit_bytes:
-                        why = f"{size_bytes} bytes as msgpack; a message of the bus holds {limit_bytes}"
-                        raise RecipeError(f"task {each.events[0].task}", part, why)
-
     async def _carry_out(self, decisions: Iterable[Decision]) -> None:
         async with asyncio.TaskGroup() as group:
             for decision in decisions:
@@ -324,11 +307,17 @@ class Dispatching:
             log.warning("not done; decided anew", decision=what, error=str(error))
 
     async def _admit(self, decision: Admit) -> None:
+        """Raises RecipeError for a row of which no message holds a part: it would be decided anew for ever."""
         process = self._process
-        if decision.private is not None:
-            key = decision.events[0].private_key
-            await private.put_private(process.bus, process.run, key, decision.private)
-        await asyncio.gather(*(self._admit_one(event) for event in decision.events))
+        first, part = decision.events[0], "private"
+        try:
+            if decision.private is not None:
+                key = first.private_key
+                await private.put_private(process.bus, process.run, key, decision.private)
+            part = "public"
+            await asyncio.gather(*(self._admit_one(event) for event in decision.events))
+        except TooLarge as error:
+            raise RecipeError(f"task {first.task}", part, str(error)) from error
 
     async def _admit_one(self, event: Admitted) -> None:
         process = self._process

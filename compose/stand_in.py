@@ -137,7 +137,7 @@ def _last_words(folder: Path) -> str:
 def import_python(address: str, image: str = PYTHON_IMAGE, *, packages: bool = False) -> None:
     """Make the image of this interpreter, the programs of a small Debian and their libraries.
 
-    With `packages`, also what our own image installs, at the versions that are installed here.
+    With `packages`, also git and what our own image installs, at the versions that are installed here.
     """
     changes = ["ENV PATH=/usr/local/bin:/usr/bin:/bin", "ENV LANG=C.UTF-8", 'CMD ["python3"]']
     _import(address, image, changes, lambda archive: _fill(archive, packages))
@@ -217,7 +217,8 @@ def _fill(archive: tarfile.TarFile, packages: bool) -> None:
     _text(archive, "etc/passwd", f"root:x:0:0:root:/root:/bin/bash\n{nobody}\n")
     _text(archive, "etc/group", f"root:x:0:\nnogroup:x:{_NOBODY}:\n")
     _text(archive, "etc/shadow", "root:*:19000:0:99999:7:::\n", mode=0o600)
-    programs = [path for name in _PROGRAMS if (path := shutil.which(name))]
+    names = [*_PROGRAMS, "git"] if packages else _PROGRAMS
+    programs = [path for name in names if (path := shutil.which(name))]
     for path in programs:
         archive.add(os.path.realpath(path), f"usr/bin/{Path(path).name}")
     binaries = [*programs, *_add_python(archive)]

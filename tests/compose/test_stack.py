@@ -236,6 +236,17 @@ def test_the_run_ends_and_nothing_is_lost(stack: Stack, tmp_path: Path) -> None:
     assert list((folder / "archive").glob("trajectories-*.parquet"))
 
 
+def test_a_repository_is_mended_and_tried(stack: Stack, tmp_path: Path) -> None:
+    """git and pytest are in the image, in the sandboxes of toolbox and scorer too: examples/calculator.toml."""
+    stack.environment |= {"RECIPE": "examples/calculator.toml", "RUN": "mended"}
+    stack.make_up()
+    stack.until(lambda: stack.services()["run-1"] == "exited 0", "the end of the run")
+    stack.compose("cp", "run:/runs/mended/metrics.jsonl", str(tmp_path))
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert 0 < row["reward_mean"] < 1
+    assert row["failed_by_cause"] == {}
+
+
 def test_no_login_is_in_the_image_or_the_logs(stack: Stack) -> None:
     """What `make up` has made for the containers is nowhere else."""
     logins = GENERATED.glob("*.json")
