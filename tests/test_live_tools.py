@@ -131,7 +131,7 @@ async def worker(folder: Path, runs: Path, **environment: str) -> asyncio.subpro
         str(runs / RUN),
         "./odd_word_count.mjs",
         cwd=folder,
-        env=os.environ | {"ACTORS_RUNS": str(runs)} | environment,
+        env=os.environ | {"ACTORS_RUNS": str(runs), "NATS_URL": ""} | environment,
         stdout=asyncio.subprocess.PIPE,
     )
     async with asyncio.timeout(PATIENCE_S):

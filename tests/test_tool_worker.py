@@ -122,7 +122,7 @@ async def working(
         str(run),
         "./odd_word_count.mjs",
         cwd=folder,
-        env=os.environ | environment,
+        env=os.environ | {"NATS_URL": ""} | environment,
         stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdout is not None
@@ -166,6 +166,21 @@ async def test_a_call_is_served(served: Served) -> None:
     work = (await served.following("gen")).work()
     assert (work.trajectory, work.seq, work.failures) == ("g0-0-0", state.seq, 0)
     await served.acknowledged()
+
+
+async def test_a_login_file_is_enough(
+    served: Served, server: EmbeddedServer, worker_folder: Path, tmp_path: Path
+) -> None:
+    """At a server of one's own there is no folder of the run."""
+    logins = tmp_path / "logins"
+    server.logins.write(logins)
+    for path in logins.iterdir():
+        if path.name != "toolbox.json":
+            path.unlink()
+    served.worker.terminate()
+    await served.worker.wait()
+    async with working(worker_folder, Path(RUN), NATS_URL=str(logins / "toolbox.json")):
+        assert (await served.ask("g0-0-0", "a rose is a rose")).text == "5"
 
 
 async def test_calls_of_a_turn_go_from_queue_to_queue(served: Served) -> None:

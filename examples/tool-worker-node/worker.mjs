@@ -1,5 +1,6 @@
 // Serves one tool of a live run until SIGTERM, or until the run ends:
 //   node worker.mjs runs/NAME ./word_count.mjs [QUEUE]
+// At a server of your own: NATS_URL=FOLDER/toolbox.json node worker.mjs NAME …, FOLDER as `actors nats-conf` has made it.
 // QUEUE is the tool's name, or word_count@VERSION as `actors tools add` prints it. docs/wire.md says what goes over the
 // wire, and why; the numbers of its sections are in brackets here.
 
@@ -25,7 +26,9 @@ const MOVED = 10071; // "wrong last sequence"
 const MAX_DELIVERIES = 10;
 
 const INBOX = "_INBOX.toolbox";
-const login = JSON.parse(readFileSync(`${folder}/endpoint.json`)).logins.by_role.toolbox; // [1]
+const json = (path) => JSON.parse(readFileSync(path));
+const own = process.env.NATS_URL;
+const login = own ? json(own) : json(`${folder}/endpoint.json`).logins.by_role.toolbox; // [1]
 const client = await connect({
   servers: login.url,
   authenticator: nkeyAuthenticator(new TextEncoder().encode(login.seed)),
