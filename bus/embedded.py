@@ -182,6 +182,12 @@ class EmbeddedServer:
             return False
         return full
 
+    def kill(self) -> None:
+        """End it as a crash would; its store stays locked for the next start."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
     def stop(self) -> None:
         """End it, wait, and leave its store to others."""
         if self._process is not None:
@@ -189,8 +195,7 @@ class EmbeddedServer:
             try:
                 self._process.wait(5.0)
             except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+                self.kill()
             self._process = None
         if self._lock is not None:
             os.close(self._lock)

@@ -204,7 +204,7 @@ class Machine:
             time.sleep(0.1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def machine_at() -> Iterator[Callable[..., Machine]]:
     """A machine with its runs in a folder; what it leaves behind is killed in the end."""
     made: list[Machine] = []

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -156,12 +157,10 @@ async def test_a_run_goes_through_a_worker_in_javascript(runs: Path, worker_fold
 
         await run.until(lambda: len(held()) == 4)
         taken = held()
-        line = next(
-            line
-            for line in (await run.say("ps", "--run", RUN)).splitlines()
-            if f"-{first.pid} " in line
-        )
-        assert line.split()[0] == "toolbox"
+        seen = re.compile(rf"^toolbox \S+-{first.pid} ", re.MULTILINE)
+        async with asyncio.timeout(PATIENCE_S):
+            while not seen.search(await run.say("ps", "--run", RUN)):
+                pass  # a sign of life may be late
         os.kill(first.pid, signal.SIGKILL)
         second = await worker(worker_folder, runs)
         await run.until(
@@ -199,7 +198,7 @@ from tools.tool import Context
 
 async def shout(context: Context, text: str) -> str:
     """Say it louder."""
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(1.0)
     return text.upper() + " {word}"
 '''
     )

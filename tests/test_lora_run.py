@@ -58,8 +58,9 @@ def finished(machine) -> Finished:
     shadow = machine.start(*BESIDE, "--set", "learner.learning_rate=1e-3")
     _until_it_says(shadow, f"shadow {SHADOW} of run {RUN}")
     machine.say("resume", RUN)
+    machine.until(lambda: len(machine.rows(RUN)) >= 2, "two steps")
+    machine.say("pause", RUN)  # the run must not be over before the shadow is there
     machine.until(lambda: len(machine.rows(f"{RUN}/shadow/{SHADOW}")) >= 2, "two steps of it")
-    machine.say("pause", RUN)
     assert len(machine.rows(RUN)) < STEPS, "the run is live"
     (learner,) = machine.processes(f"actors learner {RUN}")
     os.kill(learner.pid, signal.SIGKILL)

@@ -200,6 +200,10 @@ def test_prometheus_sees_a_run(program: dict[str, str], tmp_path: Path, machine_
             lambda: server.ask(f"sum(actors_trajectories_in_flight or vector(0)) < {A_STEP}"),
             "no step left",
         )
+        until(
+            lambda: "waiting for groups" in machine.say("ps", "--run", "seen"),
+            "the last step is done",
+        )
         later = f"min(timestamp(up)) > {time.time()}"
         until(lambda: server.ask(later), "a scrape after it")
         machine.say("stop", "seen")

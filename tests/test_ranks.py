@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 RECIPE = Path(__file__).parent / "stalling" / "recipe.toml"
 RUN = "ranks"
-STEPS = 16
+STEPS = 24
 ARGUMENTS = [
     "train", str(RECIPE), "--run", RUN,
     "--set", "learner.ranks=2", "--set", "learner.zero_stage=2",
@@ -28,17 +28,25 @@ def machine(tmp_path_factory: pytest.TempPathFactory, machine_at):
 
 @pytest.fixture(scope="module")
 def finished(machine) -> str:
-    """What the supervisor printed of a run in which rank 1 was killed after two steps, and rank 0 after five."""
+    """What the supervisor printed of a run in which rank 1 was killed after some steps, and rank 0 after some more."""
     run = machine.start(*ARGUMENTS)
-    for victim, steps in ((1, 2), (0, 5)):
+
+    def ranks() -> list[psutil.Process]:
+        return machine.processes(f"learner {RUN} rank ")
+
+    for victim, more in ((1, 2), (0, 3)):
+        machine.until(lambda: len(ranks()) == 2 or run.poll() is not None, "a group")
+        steps = (
+            len(machine.rows(RUN)) + more
+        )  # a new group takes seconds: no row is still to come of the old one
         machine.until(
             lambda n=steps: len(machine.rows(RUN)) >= n or run.poll() is not None, f"{steps} steps"
         )  # type: ignore[misc]
-        before = machine.processes(f"learner {RUN} rank ")
+        before = ranks()
         assert len(before) == 2
         (process,) = machine.processes(f"learner {RUN} rank {victim}")
         os.kill(process.pid, signal.SIGKILL)
-        _, alive = psutil.wait_procs(before, timeout=10)
+        _, alive = psutil.wait_procs(before, timeout=40)
         assert not alive, "the other rank ends with it, within seconds"
     output, _ = run.communicate(timeout=400)
     assert run.returncode == 0, output

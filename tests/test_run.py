@@ -41,16 +41,16 @@ def finished(machine) -> list[dict[str, Any]]:
     machine.until(
         lambda: len(machine.rows("whole")) >= 2 or first.poll() is not None, "two steps", 300
     )
+    machine.say("pause", "whole")  # the run must not be over before they are there
     joined = machine.start("run", "generator", "--replicas", "2", "--run", "whole")
-    machine.until(lambda: _generators(machine) == 3, "three generators with weights", 90)
+    machine.until(lambda: _generators(machine) == 3, "three generators with weights")
+    machine.say("resume", "whole")
     before = len(machine.rows("whole"))
-    machine.until(lambda: len(machine.rows("whole")) >= before + 4, "steps with them", 120)
+    machine.until(lambda: len(machine.rows("whole")) >= before + 4, "steps with them")
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    machine.until(
-        lambda: not machine.processes(), "no process left after the terminal was killed", 30
-    )
-    joined.communicate(timeout=5)
+    machine.until(lambda: not machine.processes(), "no process left after the terminal was killed")
+    joined.communicate(timeout=60)
     assert joined.returncode == 0
     assert not _listens(machine), "no port left"
     assert "balanced: each has one fate" in machine.say("verify", "--run", "whole")

@@ -26,6 +26,8 @@ RECIPE = Path(__file__).parent / "stalling" / "recipe.toml"
 RUN = "stalling"
 ENDLESS = "learner.steps=100000"
 """For a run that must not be over before the test has seen what it looks for; `Machine.stop` ends it."""
+NOBODY_HANGS = "deadlines.hang_s=60"
+"""For tests that are of something else, on a machine that is busy."""
 PATIENCE_S = 200.0
 """For conditions that come within seconds on a machine that is not busy."""
 
@@ -163,14 +165,14 @@ def test_a_stage_without_a_replica_says_so_and_goes_on_when_one_appears(machine:
     """Within 5 s of the first trajectory that waits; `ps` says it too; one that joins ends it."""
     run = machine.train("replicas.toolbox=0", "learner.steps=100")
     said = run.said(r"^stall: no toolbox is there; g\S+ .*wait")
-    assert "stall: no toolbox is there" in machine.say("ps", "--run", RUN)
+    run.until(lambda: "stall: no toolbox is there" in machine.say("ps", "--run", RUN), "ps says it")
     joined = machine.start("run", "toolbox", "--run", RUN)
     run.said(r"^over: no toolbox is there")
     assert run.ends() == 0, run.output
     joined.ends()
     assert steps_done(machine) == 100
     first = next(e for e in machine.events() if e["kind"] == "turn" and e["calls"])
-    assert 0 < said - first["time_s"] < 10, "5 s, and as long again for a machine that is busy"
+    assert 0 < said - first["time_s"] < 20, "5 s, and much more for a machine that is busy"
 
 
 @pytest.mark.parametrize("role", ["generator", "scorer"])
@@ -189,7 +191,11 @@ def test_a_stopped_replica_is_killed_and_replaced(machine: Machine, role: str) -
 
 def test_a_hop_held_for_two_deadlines_takes_its_holder_along(machine: Machine) -> None:
     """A handler that waits for ever in a healthy process: named by the watchdog, killed, and the hop is done anew."""
-    run = machine.train('scorer.reward="stalling:hangs_once"')
+    run = machine.train(
+        'scorer.reward="stalling:hangs_once"',
+        "deadlines.score_s=8",  # it is told of well before it is killed
+        "asynchrony.straggler_wait_s=100",  # and the hop that is done anew is waited for
+    )
     said = run.said(r"^stall: g\S+ \(score\) is held by scorer-\S+, for")
     killed = run.said(r"replica hangs; killing it.*\(score\) has been held for")
     assert said < killed
@@ -204,13 +210,19 @@ def test_a_standby_takes_over_from_a_dispatcher_that_hangs(machine: Machine) -> 
     run = machine.train(ENDLESS)
     holder = working(machine, run, "dispatcher")
     standby = machine.start("run", "dispatcher", "--run", RUN)
-    run.until(lambda: len(machine.beating("dispatcher")) == 2, "a standby")
-    (other,) = machine.beating("dispatcher").keys() - {holder}
-    assert "standby" in machine.beating("dispatcher")[other]
+    others: set[int] = set()
+
+    def stands_by() -> bool:
+        lines = machine.beating("dispatcher").items()
+        others.update(pid for pid, line in lines if pid != holder and "standby" in line)
+        return bool(others)
+
+    run.until(stands_by, "a standby")
+    (other,) = others
     os.kill(holder, signal.SIGSTOP)
     begun = time.monotonic()
     run.until(lambda: "working" in machine.beating("dispatcher").get(other, ""), "the lease taken")
-    assert time.monotonic() - begun < 20, "5 s, the time to see it, and a busy machine"
+    assert time.monotonic() - begun < 60, "5 s, the time to see it, and a busy machine"
     done = steps_done(machine)
     run.until(lambda: steps_done(machine) > done, "a step after it")
     machine.stop(run)
@@ -221,20 +233,21 @@ def test_a_standby_takes_over_from_a_dispatcher_that_hangs(machine: Machine) -> 
 
 def test_a_server_that_is_away_is_nobody_s_hang(machine: Machine) -> None:
     """SIGSTOP of nats-server for 20 s, more than twice `hang_s`: no replica is killed for it, and the run goes on."""
-    run = machine.train("learner.steps=30")
-    working(machine, run, "learner", "")
+    run = machine.train(ENDLESS)
+    run.until(lambda: steps_done(machine) > 0, "a step")
     server = next(process for process in machine.ours() if process.name() == "nats-server")
     server.suspend()
     time.sleep(20.0)  # what is tested is this time
     server.resume()
-    assert run.ends() == 0, run.output
+    done = steps_done(machine)
+    run.until(lambda: steps_done(machine) > done + 20, "steps after it")
+    machine.stop(run)
     assert "replica hangs" not in run.output
-    assert steps_done(machine) == 30
 
 
 def test_sigterm_drains_a_replica_that_leaves(machine: Machine) -> None:
     """It hands back what it holds and is not started again; another goes on with it."""
-    run = machine.train(ENDLESS)
+    run = machine.train(ENDLESS, NOBODY_HANGS)
     first = working(machine, run, "generator")
     joined = machine.start("run", "generator", "--run", RUN)
     run.until(lambda: len(machine.beating("generator")) == 2, "two generators")
@@ -248,7 +261,7 @@ def test_sigterm_drains_a_replica_that_leaves(machine: Machine) -> None:
 
 def test_a_crash_loop_says_which_exception(machine: Machine) -> None:
     """Data that breaks its reader each time stops the run, with the last line of the traceback and the log."""
-    run = machine.train('data.rows="stalling:broken_rows"')
+    run = machine.train('data.rows="stalling:broken_rows"', NOBODY_HANGS)
     assert run.ends() == 2
     assert re.search(
         r"dispatcher died 5 times in a row; last: ValueError: row 3 is no row", run.output

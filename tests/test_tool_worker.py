@@ -281,8 +281,7 @@ async def test_a_server_that_is_killed_is_waited_for(
 ) -> None:
     """It comes again with its store, and the worker goes on."""
     assert (await served.ask("g0-0-0", "one")).text == "1"
-    os.kill(server.pid, signal.SIGKILL)
-    await server.wait()
+    server.kill()
     server.start()
     assert (await served.ask("g1-0-0", "one two")).text == "2"
     assert served.worker.returncode is None

@@ -9,7 +9,7 @@ import pytest
 from actors.recipe import load_recipe
 from actors.verify import audit, report_text
 from bench.running import RUN, start_run
-from schemas.events import Failed, Result, Started, Turn
+from schemas.events import Dropped, Expired, Failed, Result, Started, Turn
 from tests.chaos.effects import FOLDER_VARIABLE, KILLS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -48,9 +48,11 @@ async def test_no_effect_happens_twice(tmp_path: Path, monkeypatch: pytest.Monke
     started = Counter(event.trajectory for event in events if isinstance(event, Started))
     finished = {event.trajectory for event in events if isinstance(event, Result)}
     failed = {event.trajectory for event in events if isinstance(event, Failed)}
+    # a member that waits for its turn again is dropped with its group, when both attempts of another have failed
+    closed = {event.trajectory for event in events if isinstance(event, Dropped | Expired)}
+    unfinished = set(started) - finished
     assert set(started.values()) == {1}
-    assert set(started) == finished | failed
-    assert not finished & failed
+    assert failed <= unfinished <= failed | closed
     assert all(letters[texts[name]] == 1 for name in finished)
-    assert sum(letters[texts[name]] for name in failed) >= KILLS
-    assert all(letters[texts[name]] <= 1 for name in failed)
+    assert sum(letters[texts[name]] for name in unfinished) >= KILLS
+    assert all(letters[texts[name]] <= 1 for name in unfinished)

@@ -38,6 +38,7 @@ def recipe() -> Recipe:
             f'generator.script="{module}:script"',
             f'scorer.reward="{module}:by_member"',
             f"learner.steps={STEPS}",
+            "deadlines.hang_s=15",
         ],
     )
 

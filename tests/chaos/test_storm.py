@@ -24,7 +24,8 @@ pytestmark = [
 async def test_a_model_learns_in_a_storm() -> None:
     """Every trajectory has one fate, and the reward rises as without a storm, which lasts until it has met all."""
     recipe = load_recipe(
-        Path("recipes/arithmetic.toml"), ["learner.steps=100000", "replicas.recorder=1"]
+        Path("recipes/arithmetic.toml"),
+        ["learner.steps=100000", "learner.checkpoint_every_steps=3", "replicas.recorder=1"],
     )
     storm = Storm(RUN, seed=1, every_s=2.0, learner_every_s=15.0, at_once=2)
     async with start_run(recipe) as run:

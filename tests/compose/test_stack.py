@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 GENERATED = ROOT / "compose" / "generated"
 RUN = "tested"
 ROLES = {"dispatcher", "generator", "toolbox", "scorer", "learner", "recorder"}
-STEPS = 30
+STEPS = 100
 SCALE = 4
 PATIENCE_S = 300.0
 
@@ -198,20 +198,21 @@ def test_the_toolbox_holds_and_reaches_nats_only(stack: Stack) -> None:
 def test_more_generators_join(stack: Stack) -> None:
     """`--scale generator=4` takes effect: four give signs of life, Prometheus finds them all, and all take work."""
     stack.compose("up", "--detach", "--no-recreate", "--wait", "--scale", f"generator={SCALE}")
-    alive = stack.operator("ps", "--run", RUN)
-    assert alive.count("generator-") == SCALE, alive
+    stack.until(
+        lambda: stack.operator("ps", "--run", RUN).count("generator-") == SCALE, "four generators"
+    )
     stack.until(lambda: stack.query("sum(up)") == len(ROLES) + SCALE - 1, "every replica is up")
     stack.operator("resume", RUN)
+    stack.operator("pause", RUN)
     busy = 'count(actors_hop_seconds_count{role="generator"} > 0)'
     stack.until(lambda: stack.query(busy) == SCALE, "each generator has sampled")
-    stack.operator("pause", RUN)
 
 
 def test_whatever_is_killed_heals(stack: Stack) -> None:
     """`docker kill` of everything, NATS too: all are healthy again by themselves."""
-    stack.operator("resume", RUN)
     names = sorted(name for name, how in stack.services().items() if how.startswith("running"))
     assert len(names) == len(ROLES) + 3 + SCALE - 1
+    stack.operator("resume", RUN)
     stack.docker("kill", *(f"agentic-actors-{name}" for name in names))
     # the run may be over before the last of them is back: then they have ended well
     well = {"running healthy", "exited 0"}

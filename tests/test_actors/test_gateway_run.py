@@ -185,7 +185,7 @@ async def test_a_killed_toolbox_is_only_late(stack: Stack) -> None:
     """SIGKILL during a call: the client has its answer, once, in the session that it had."""
     await stack.ask(("k", "<bash>x=1</bash>"))
     async with stack.beats() as beat:
-        asked = asyncio.create_task(stack.ask(("k", "<bash>sleep 5; x=$((x + 1)); echo $x</bash>")))
+        asked = asyncio.create_task(stack.ask(("k", "<bash>sleep 8; x=$((x + 1)); echo $x</bash>")))
         holder = await beat(lambda beat: beat.role == "toolbox" and bool(beat.held))
         os.kill(holder.pid, signal.SIGKILL)
         found = await asked
@@ -198,7 +198,7 @@ async def test_a_killed_gateway_is_asked_again(stack: Stack) -> None:
     await stack.ask(("g", "<bash>x=1</bash>"))
     async with stack.beats() as beat:
         gateway = await beat(lambda beat: beat.role == "gateway")
-        asked = asyncio.create_task(stack.ask(("g", "<bash>sleep 3; x=$((x + 1)); echo $x</bash>")))
+        asked = asyncio.create_task(stack.ask(("g", "<bash>sleep 8; x=$((x + 1)); echo $x</bash>")))
         await beat(lambda beat: beat.role == "toolbox" and bool(beat.held))
         os.kill(gateway.pid, signal.SIGKILL)
         assert (await asked)["observations"] == ["\n<o>\n2\n</o>\n"]

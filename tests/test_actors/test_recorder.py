@@ -653,6 +653,8 @@ async def test_killed_again_and_again_it_writes_each_row_once(
     await append(bus, events[:1])
     feeding = asyncio.create_task(append(bus, events[1:]))
     for number in range(5):
+        for left in archive.folder.glob("*.unfinished"):
+            left.unlink()
         process = start(server, runs)
         before = archive.done()
 
@@ -666,8 +668,7 @@ async def test_killed_again_and_again_it_writes_each_row_once(
             process.send_signal(signal.SIGKILL)
             process.wait()
         if number == 2:
-            os.kill(server.pid, signal.SIGKILL)
-            await server.wait()
+            server.kill()
             server.start()
     await feeding
     await append(bus, [Ended(reason="")])

@@ -29,8 +29,7 @@ async def test_a_server_that_hangs_is_left_and_found_again(
 async def test_a_server_that_is_killed_is_found_again(bus: Bus, server: EmbeddedServer) -> None:
     """SIGKILL, and the same port and store a second later."""
     assert await bus.store("score.test", b"before") == 1
-    os.kill(server.pid, signal.SIGKILL)
-    await server.wait()
+    server.kill()
     storing = asyncio.create_task(bus.store("score.test", b"after", {"Nats-Msg-Id": "1"}))
     await asyncio.sleep(1)
     server.start()
@@ -45,8 +44,7 @@ async def test_who_waits_when_the_link_is_lost_is_told_at_once(
     asking = asyncio.create_task(bus.request("$JS.API.INFO", b"", timeout_s=90))
     storing = asyncio.create_task(bus.store("score.test", b"x", {"Nats-Msg-Id": "lost"}))
     await asyncio.sleep(0.1)
-    os.kill(server.pid, signal.SIGKILL)
-    await server.wait()
+    server.kill()
     server.start()
     async with asyncio.timeout(30):
         with pytest.raises(Unavailable, match="Reconnecting"):

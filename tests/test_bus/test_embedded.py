@@ -66,8 +66,7 @@ async def test_between_death_and_restart_nobody_gets_the_store(
 ) -> None:
     """Who has started it has the store, too; it starts it again as often as it likes."""
     for _ in range(2):
-        os.kill(server.pid, signal.SIGKILL)
-        await server.wait()
+        server.kill()
         with pytest.raises(InUse):
             EmbeddedServer(tmp_path / "nats").start()
         server.start()
@@ -111,8 +110,7 @@ async def kept(server: EmbeddedServer) -> AsyncIterator[None]:
 
 
 async def killed(server: EmbeddedServer) -> None:
-    os.kill(server.pid, signal.SIGKILL)
-    await server.wait()
+    server.kill()
 
 
 def troubles(said: Sequence[MutableMapping[str, Any]], part: str = "") -> list[str]:

@@ -1,8 +1,6 @@
 """The log against a real server: the commit rule, reading, following, junk."""
 
 import asyncio
-import os
-import signal
 from collections.abc import AsyncIterator
 
 import pytest
@@ -100,8 +98,7 @@ async def test_a_follower_goes_on_after_the_server_was_killed(
         async for found in reader.follow():
             seen += [stored.seq for stored in found]
             if len(seen) == 1 and not found:
-                os.kill(server.pid, signal.SIGKILL)
-                await server.wait()
+                server.kill()
                 server.start()
                 await log.append(admitted("g0-1-0"), 0)
             if len(seen) == 2:

@@ -91,8 +91,9 @@ def assert_close(found: dict[str, float], expected: dict[str, float]) -> None:
 
 
 def assert_close_tensors(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], error: float = 1e-6
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], error: float = 1e-5
 ) -> None:
+    """A step is 1e-3; where a gradient is nearly zero, another order of summing is a part of it, on some processors."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=error, msg=name)
@@ -166,6 +167,6 @@ def test_images_reach_every_rank(results: Results, sees: Path, way: str) -> None
         load_file(results.folder / way / "seeing.safetensors"),
         load(policy.weights()),
     )
-    assert_close_tensors(weights, expected, error=1e-5)
+    assert_close_tensors(weights, expected, error=1e-4)
     moved = [name for name, tensor in expected.items() if not tensor.equal(before[name])]
     assert any("vision_tower" in name for name in moved)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody; this is a user already")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_all_of_it_as_an_ordinary_user() -> None:
     """The same tests, those of `landlock` among them, pass when nobody runs client and server."""
     if (abi := linux.landlock_abi()) < LEAST_LANDLOCK_ABI:
@@ -23,7 +23,16 @@ def test_all_of_it_as_an_ordinary_user() -> None:
     files = [str(Path(__file__).with_name(name)) for name in names]
     script = str(Path(__file__).with_name("as_nobody.py"))
     ran = subprocess.run(
-        [sys.executable, script, "-rs", "--deselect", f"{files[2]}::{_LONG}", *files],
+        [
+            sys.executable,
+            script,
+            "-rs",
+            "--timeout",
+            "500",
+            "--deselect",
+            f"{files[2]}::{_LONG}",
+            *files,
+        ],
         env={k: v for k, v in os.environ.items() if k not in ("DOCKER_HOST", "PYTEST_ADDOPTS")},
         capture_output=True,
         text=True,

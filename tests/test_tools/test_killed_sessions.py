@@ -86,6 +86,7 @@ async def test_a_kill_has_a_name_and_leaves_nothing(
     moment: str, victim: str, kind: SessionKind
 ) -> None:
     """The run at that point tells the truth or fails; the next session is whole; at the end there is no process."""
+    others = set(psutil.Process().children(recursive=True))
     sandbox = NamespaceSandbox()
     async with asyncio.timeout(60):
         session = await sandbox.open_session(kind)
@@ -99,5 +100,5 @@ async def test_a_kill_has_a_name_and_leaves_nothing(
         assert (await again.run(SCRIPTS[kind][0])).output == b"kept\n"
         await again.close()
         await sandbox.close()
-        while psutil.Process().children(recursive=True):  # noqa: ASYNC110 - processes send no events
+        while set(psutil.Process().children(recursive=True)) - others:  # noqa: ASYNC110 - processes send no events
             await asyncio.sleep(0.01)
