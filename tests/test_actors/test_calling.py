@@ -166,7 +166,7 @@ async def test_a_tool_has_limits_of_its_own(tmp_path: Path) -> None:
     recipe = recipe_of(options=options, timeout_s=9, observation_chars=10, keep="head")
     for given, slow, text in (
         (options, True, "[16 characters cut]\n0.5 s."),
-        (options, False, "[5 characters cut]\n56789\n"),
+        ({"python": options["python"] | {"timeout_s": 60}}, False, "[5 characters cut]\n56789\n"),
         ({}, False, "0123456789\n[1 characters cut]"),
     ):
         sandbox = UnsafeSandbox()

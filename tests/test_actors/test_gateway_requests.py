@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from actors.gateway_requests import Action, Answer, BadRequest, read_request, reply_to
 
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+"""JSON has no others."""
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | FINITE | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=8,
 )

@@ -179,11 +179,15 @@ async def test_suspects_are_handled_one_at_a_time(
     """What came back twice may be what kills its holders: the others do not die with it. Once is everybody's lot."""
     monkeypatch.setattr("actors.process.random.random", lambda: 0.0)
     running = most = 0
+    together = asyncio.Event()
 
     async def handle(_: Trajectory) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
+        if running == 4:
+            together.set()
+        await together.wait()
         await asyncio.sleep(0.05)
         running -= 1
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 import pyarrow as pa
@@ -193,7 +194,8 @@ async def append(bus: Bus, events: Iterable[AnyEvent], run: str = RUN) -> None:
     messages = [(subject_of(event, run), encode(event)) for event in events]
     for at in range(0, len(messages), 64):
         # one connection keeps the order of what is published on it
-        await asyncio.gather(*(bus.store(*message) for message in messages[at : at + 64]))
+        some = messages[at : at + 64]
+        await asyncio.gather(*(bus.store(*each, {"Nats-Msg-Id": uuid4().hex}) for each in some))
 
 
 def stopped() -> asyncio.Event:
@@ -607,6 +609,7 @@ async def test_of_two_recorders_one_writes(
 ) -> None:
     """The other stands by, and takes over when the first is gone."""
     monkeypatch.setattr(run_folder, "RUNS", tmp_path)
+    monkeypatch.setattr("bus.lease._TTL_S", 60)  # nobody renews it here
     await append(bus, history(random.Random(1), 2))
     holder = Lease(bus, RUN, "recorder", "somebody")
     await holder.acquire()

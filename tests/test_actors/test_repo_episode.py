@@ -1,5 +1,6 @@
 """A software engineer's trajectory, from a toolbox to a scorer, in real sandboxes: mended, lost on the way, scored."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -173,10 +174,11 @@ async def test_a_sandbox_killed_in_the_middle_is_rebuilt(
     """The next call fails as infrastructure and is handed out again; then all goes on as if nothing had been."""
     episode = Episode(public)
     await episode.play(lambda _: boxes[0], MENDING[:4])
-    servers = [p for p in psutil.Process().children() if "tools.sandbox.zygote" in p.cmdline()]
-    for server in servers:
-        os.kill(server.pid, signal.SIGKILL)
-        server.wait()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            if "tools.sandbox.zygote" in child.cmdline():
+                os.kill(child.pid, signal.SIGKILL)
+                child.wait()
     with pytest.raises(HopFailed, match=r"sandbox\.zygote_died"):
         await episode.act(boxes[0], MENDING[4])
     await episode.play(lambda _: boxes[0], MENDING[4:])

@@ -329,7 +329,9 @@ async def test_a_replica_that_is_told_to_stop_ends_what_others_asked(start: Star
     await says(episode, holder, "x = 1")
     episode.ask("python_session", "import time; time.sleep(0.5); x += 1; x")
     asking = asyncio.ensure_future(episode.run(other))
-    await asyncio.wait({asking}, timeout=0.2)
+    async with asyncio.timeout(SECONDS):
+        while not holder.routing._holders._at_work:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.01)
     await holder.routing.drain()
     result = await asking
     assert (result.text, result.replica) == ("2\n", "1")

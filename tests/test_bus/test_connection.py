@@ -41,6 +41,7 @@ async def test_who_waits_when_the_link_is_lost_is_told_at_once(
 ) -> None:
     """Nobody answers over another link; what is stored is tried again, and stored once."""
     os.kill(server.pid, signal.SIGSTOP)
+    os.waitpid(server.pid, os.WUNTRACED)  # noqa: ASYNC222 - until all its threads stand still
     asking = asyncio.create_task(bus.request("$JS.API.INFO", b"", timeout_s=90))
     storing = asyncio.create_task(bus.store("score.test", b"x", {"Nats-Msg-Id": "lost"}))
     await asyncio.sleep(0.1)

@@ -136,8 +136,11 @@ async def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     server.stop()
 
 
-async def test_a_full_server_is_known_by_its_refusals(small: Bus) -> None:
+async def test_a_full_server_is_known_by_its_refusals(
+    small: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its limit is told to nobody; nothing is lost meanwhile, and all goes on when something was deleted."""
+    monkeypatch.setattr("bus.lease._TTL_S", 60)  # it cannot be renewed meanwhile
     lease = Lease(small, "test", "dispatcher", "one")
     await lease.acquire()
     async with open_log(small, "test") as log:

@@ -129,7 +129,9 @@ async def test_junk_is_skipped_and_counted(bus: Bus, log: Log, subject: str, dat
 async def test_junk_is_no_end_of_the_log(bus: Bus, log: Log) -> None:
     """An empty list says that all was read: none comes before the events that lie behind a batch of junk."""
     junk = 2 * bus_log._BATCH
-    await asyncio.gather(*(bus.store("log.test.t.g0-0-0.turn", b"junk") for _ in range(junk)))
+    subject = "log.test.t.g0-0-0.turn"
+    ids = ({"Nats-Msg-Id": f"junk-{number}"} for number in range(junk))
+    await asyncio.gather(*(bus.store(subject, b"junk", each) for each in ids))
     await log.append(admitted("g0-1-0"), 0)
     found = [found async for found in first(log.follow(), 2)]
     assert [[stored.seq for stored in each] for each in found] == [[junk + 1], []]

@@ -286,6 +286,8 @@ async def test_an_answer_is_heard_as_nothing(server: EmbeddedServer) -> None:
             answer = await tries.client.request(MINE, payload, timeout=10)
             await tries.client.request(f"gen.{RUN}", payload, timeout=10)
             query = json.dumps({"seq": json.loads(answer.data)["seq"]}).encode()
+            for link in (bus, toolbox):
+                await link.client.flush()
             heard.clear()
             for reply in ("hb.learner.x", f"weights.{RUN}.ready", f"sess.{RUN}.g0-0-0.python"):
                 await tries.client.publish("$JS.API.DIRECT.GET.LOG", query, reply=reply)

@@ -170,6 +170,13 @@ async def test_wrong_credentials_are_one_clear_error(server: EmbeddedServer) -> 
 # -- what is deleted, and what is not --------------------------------------------------------------
 
 
+async def is_silent(bus: Bus) -> bool:
+    """Nothing is on its way any more of what a writer sent."""
+    before = await chunks(bus)
+    await asyncio.sleep(0.2)
+    return await chunks(bus) == before
+
+
 async def test_what_a_killed_writer_left_is_deleted(server: EmbeddedServer, bus: Bus) -> None:
     """SIGKILL in the middle of an upload: its chunks go when they have not grown for long enough, and not before.
 
@@ -182,9 +189,11 @@ async def test_what_a_killed_writer_left_is_deleted(server: EmbeddedServer, bus:
         return sum((await chunks(bus)).values()) > 4
 
     await until(is_half_done)
+    writer.send_signal(signal.SIGSTOP)
     assert await store.delete_orphans(bus, "weights", older_s=60.0) == 0
     writer.kill()
     writer.wait()
+    await until(lambda: is_silent(bus))
     left = await chunks(bus)
     assert len(left) == 2, "the whole one and the half one"
     assert await store.delete_orphans(bus, "weights", older_s=60.0) == 0
@@ -202,14 +211,9 @@ async def test_a_writer_that_was_taken_for_dead_begins_again(
     async def is_half_done() -> bool:
         return sum((await chunks(bus)).values()) > 4
 
-    async def is_silent() -> bool:
-        before = await chunks(bus)
-        await asyncio.sleep(0.2)
-        return await chunks(bus) == before
-
     await until(is_half_done)
     writer.send_signal(signal.SIGSTOP)
-    await until(is_silent)
+    await until(lambda: is_silent(bus))
     assert await store.delete_orphans(bus, "weights", older_s=0.0) > 0
     writer.send_signal(signal.SIGCONT)
     assert await asyncio.to_thread(writer.wait, 60) == 0

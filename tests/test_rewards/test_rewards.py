@@ -159,7 +159,7 @@ async def test_math_compares_values(
 @pytest.mark.asyncio(loop_scope="module")
 async def test_an_answer_that_never_ends_is_wrong(sandbox: NamespaceSandbox) -> None:
     """The sandbox's limit ends it; that is the policy's fault, and a reward of 0."""
-    run = partial(sandbox.run, limits=Limits(wall_s=3.0))
+    run = partial(sandbox.run, limits=Limits(wall_s=10.0))
     reward = await load_reward("math")(task(answer=5), trajectory("\\boxed{9^{9^{9}}}"), run)
     assert reward == Reward(value=0.0, parts={"answered": 0.0, "unreadable": 1.0})
 

@@ -21,6 +21,7 @@ def bash() -> Tool:
 async def test_one_shell_for_all_calls(bash: Tool, context: Context) -> None:
     """Files, directory and variables are there in the next call; a failing command names its exit code."""
     assert bash.session
+    context = replace(context, limits=Limits())
     await bash(context, {"command": "cd /tmp; x=5\ncat > f.py <<'END'\nprint('from a file')\nEND"})
     seen = await bash(context, {"command": "python3 f.py; echo $x; ls nowhere"})
     assert seen.text.startswith("from a file\n5\n")
@@ -81,7 +82,7 @@ async def test_what_was_printed_between_two_runs_ends_neither(context: Context) 
     printed = Limits().output_bytes + 30_000
     await bash.run(f"(sleep 0.3; yes | head -c {printed}; touch printed) & sleep 0")
     await asyncio.sleep(1.0)
-    outcome = await bash.run("sleep 0.2; ls printed; echo next")
+    outcome = await bash.run("until [ -e printed ]; do sleep 0.05; done; ls printed; echo next")
     assert outcome.reason == "exit"
     assert outcome.output.endswith(b"printed\nnext\n")
 

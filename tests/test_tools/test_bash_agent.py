@@ -1,5 +1,6 @@
 """An agent at work in the `bash` tool for a hundred turns: what it set up stays, and nothing piles up."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -51,7 +52,9 @@ async def test_a_hundred_turns(
     assert context.session
     session = await context.session("bash")
     await bash(context, {"command": SETTING_UP.replace("MARKER", marker)})
-    assert len(processes_with(marker)) == 1
+    async with asyncio.timeout(20):
+        while len(processes_with(marker)) != 1:  # noqa: ASYNC110 - processes send no events
+            await asyncio.sleep(0.01)
     sizes = []
     for command, expected in turns():
         assert (await bash(context, {"command": command})).text == expected, command

@@ -75,7 +75,8 @@ async def test_an_interrupted_cell_says_so(context: Context) -> None:
 
 async def test_figures_are_images(plotting: NamespaceSandbox, context: Context) -> None:
     """A figure is an image; there is no text about it."""
-    seen = await TOOLS["python"](replace(context, run=plotting.run), {"code": DRAW})
+    context = replace(context, run=plotting.run, limits=Limits())
+    seen = await TOOLS["python"](context, {"code": DRAW})
     assert seen.text == ""
     assert [image.media_type for image in seen.images] == ["image/png"]
     assert seen.images[0].data.startswith(b"\x89PNG")

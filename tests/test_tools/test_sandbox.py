@@ -1,6 +1,7 @@
 """What the `ns` sandbox does for honest code, and for its client. Attacks are in test_attacks.py."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -127,7 +128,7 @@ async def test_a_program_ends_as_programs_do(sandbox: NamespaceSandbox) -> None:
     code = (
         "import atexit, threading, time\n"
         "atexit.register(print, 'bye')\n"
-        "threading.Thread(target=lambda: (time.sleep(0.05), print('thread'))).start()\n"
+        "threading.Thread(target=lambda: (time.sleep(1), print('thread'))).start()\n"
         "1 / 0"
     )
     text = await output_of(sandbox, code)
@@ -223,10 +224,10 @@ async def test_an_interpreter_below_tmp_can_be_used(tmp_path: Path) -> None:
 async def test_what_was_printed_before_the_wall_limit_is_kept(sandbox: NamespaceSandbox) -> None:
     """Partial output counts; the time is about the limit."""
     outcome = await sandbox.run(
-        "import time\nprint('before')\ntime.sleep(60)", limits=Limits(wall_s=0.3)
+        "import time\nprint('before')\ntime.sleep(60)", limits=Limits(wall_s=3.0)
     )
     assert (outcome.output, outcome.reason, outcome.exit_code) == (b"before\n", "wall", -9)
-    assert 300 <= outcome.wall_ms < 10_000
+    assert 3000 <= outcome.wall_ms < 20_000
 
 
 async def test_output_is_cut_at_its_limit(sandbox: NamespaceSandbox) -> None:
@@ -261,11 +262,11 @@ async def test_cancelling_kills_the_code(
 
 def servers() -> list[psutil.Process]:
     """The fork servers of this process, as they are seen from outside their worlds."""
-    return [
-        process
-        for process in psutil.Process().children()
-        if "tools.sandbox.zygote" in process.cmdline()
-    ]
+    found = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # another's, which has just ended
+            found += [process] if "tools.sandbox.zygote" in process.cmdline() else []
+    return found
 
 
 def inner_server(outer: psutil.Process) -> psutil.Process:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -153,6 +154,7 @@ async def test_a_client_without_descriptors_fails_by_name(
     """However many lack: the call or run fails or is right, and nothing stays open."""
     limits = Limits(image_bytes=1000)
     session = await sandbox.open_session("python")
+    gc.collect()  # descriptors of earlier tests
     before = len(os.listdir("/proc/self/fd"))
     for left in range(12):
         for attempt in (
@@ -169,6 +171,7 @@ async def test_a_client_without_descriptors_fails_by_name(
                 assert left > 3
             if isinstance(end, JobSession):
                 await end.close()
+    gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
     with descriptors_left(1), pytest.raises(SandboxError, match="client_failed"):
         await session.run("1")

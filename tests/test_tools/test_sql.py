@@ -143,6 +143,9 @@ async def test_nothing_but_reading_is_possible(ask: Ask, shop: Path, query: str)
 
 async def test_a_slow_query_ends_and_blocks_nobody(ask: Ask, shop: Path) -> None:
     """It is told that its time was over; others run beside it, in the same loop."""
+    await asyncio.gather(
+        *(ask("SELECT 1 AS one", shop) for _ in range(2))
+    )  # both children are there
     slow = asyncio.create_task(ask(ENDLESS, shop, wall_s=3))
     quick = [await ask("SELECT 1 AS one", shop) for _ in range(3)]
     assert not slow.done()
