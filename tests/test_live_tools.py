@@ -157,7 +157,7 @@ async def test_a_run_goes_through_a_worker_in_javascript(runs: Path, worker_fold
 
         await run.until(lambda: len(held()) == 4)
         taken = held()
-        seen = re.compile(rf"^toolbox \S+-{first.pid} ", re.MULTILINE)
+        seen = re.compile(rf"^toolbox +\S+-{first.pid} ", re.MULTILINE)
         async with asyncio.timeout(PATIENCE_S):
             while not seen.search(await run.say("ps", "--run", RUN)):
                 pass  # a sign of life may be late
