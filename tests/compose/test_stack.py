@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 GENERATED = ROOT / "compose" / "generated"
 RUN = "tested"
 ROLES = {"dispatcher", "generator", "toolbox", "scorer", "learner", "recorder"}
-STEPS = 100
+STEPS = 70
 SCALE = 4
 PATIENCE_S = 300.0
 
@@ -286,6 +286,7 @@ def test_the_leader_of_three_servers_is_killed(stack: Stack, tmp_path: Path) -> 
     recipe.write_text(f"{endless}\n[nats]\nreplicas = 3\n")
     stack.environment |= {
         "RECIPES": str(tmp_path),
+        "RECIPE": "recipes/recipe.toml",
         "RUN": HELD,
         "COMPOSE_PROFILES": "cpu,cluster",
     }
