@@ -8,13 +8,14 @@ the same (here whoever waits is told at once: see waits.py).
 """
 
 import asyncio
+import json
 import math
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import msgspec
@@ -23,7 +24,6 @@ import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
-from nats.errors import NoRespondersError
 from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
 
 from bus.errors import BusError, Conflict, Full, TooLarge, Unavailable, Unreachable
@@ -32,12 +32,18 @@ from bus.waits import Waits
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
 Message = Msg
 """What callbacks get."""
 
 WRONG_LAST_SEQUENCE = 10071
 STORE_FULL = frozenset({10077, 10002, 10023, 10047})
 """A stream is at its own limit, its account is, or the server (10023 is what 2.15 says to a publisher)."""
+
+_NO_LEADER = 10008
+"""What the servers of a cluster say of a stream for which they choose a leader."""
+NO_CONSUMER = 10014
 
 _CREDENTIALS = re.compile(r"(^|,)(\w+://)?([^/,:@]+)(?::([^,]*))?@")
 _ANSWERS = frozenset({"Nats-Stream", "Status"})
@@ -46,6 +52,9 @@ _HEAD_BYTES = len("NATS/1.0\r\n\r\n")
 """Around headers."""
 _RETRY_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 _PUBLISH_TIMEOUT_S = 3.0
+_LOOK_AGAIN_S = 0.25
+_ELECTION_S = 30.0
+"""How long servers may take until they answer: those of a cluster that have just started choose who leads."""
 _CONNECT_TIMEOUT_S = 5.0
 _DRAIN_TIMEOUT_S = 5.0
 _FULL_SAID_S = 10.0
@@ -195,8 +204,41 @@ class Bus:
         try:
             with self.answer_to(subject):
                 return await self.client.request(subject, data, timeout=timeout_s)
-        except (NatsError, TimeoutError, NoRespondersError) as error:
+        except (NatsError, TimeoutError) as error:
             raise Unavailable(subject, repr(error)) from error
+
+    async def patiently(self, read: Callable[[], Awaitable[T]]) -> T:
+        """What a read finds, begun again while it raises Unavailable: servers start, or choose a leader."""
+        end = time.monotonic() + _ELECTION_S
+        while True:
+            try:
+                return await read()
+            except Unavailable:
+                if self.closed.is_set() or time.monotonic() > end:
+                    raise
+            await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def ask(
+        self, what: str, query: dict[str, Any] | None = None, *, expected: Collection[int] = ()
+    ) -> dict[str, Any]:
+        """What JetStream's API answers; a refusal with one of the codes expected is in `error`.
+
+        Raises Denied, Unavailable.
+        """
+        subject = f"{self.api}.{what}"
+
+        async def read() -> dict[str, Any]:
+            message = await self.request(subject, json.dumps(query).encode() if query else b"")
+            answer: dict[str, Any] = json.loads(message.data)
+            if answer.get("error", {}).get("err_code") == _NO_LEADER:
+                raise Unavailable(subject, "its stream has no leader")
+            return answer
+
+        answer = await self.patiently(read)
+        error = answer.get("error")
+        if error and error.get("err_code") not in expected:
+            raise Unavailable(subject, str(error.get("description")))
+        return answer
 
     async def subscribe(self, subject: str, callback: Callable[[Message], Awaitable[None]]) -> None:
         """Call back for each core message, until the connection ends. Raises Denied.
@@ -216,11 +258,13 @@ class Bus:
             await self.client.flush()
 
     async def close(self) -> None:
-        """Send what is buffered and leave."""
-        if not self.client.is_closed:
-            with suppress(NatsError, TimeoutError):
-                async with asyncio.timeout(_DRAIN_TIMEOUT_S):
-                    await self.client.drain()
+        """Send what is buffered, if the server is there, and leave."""
+        # what drain raises when the link is lost: the transport's own errors too
+        with suppress(NatsError, TimeoutError, OSError):
+            async with asyncio.timeout(_DRAIN_TIMEOUT_S):
+                await self.client.drain()
+        with suppress(NatsError, OSError):
+            await self.client.close()  # else it would go on looking for a server
 
 
 async def _watch(bus: Bus) -> None:

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import structlog
@@ -131,10 +132,13 @@ class StreamReader:
             del self._answers[reply]
 
     async def read(self, subject: str, after: int = 0) -> AsyncIterator[Raw]:
-        """Everything stored now after a sequence, in order."""
+        """Everything stored now after a sequence, in order; servers that start again are waited for.
+
+        Raises Unavailable when they do not come.
+        """
         more = True
         while more:
-            found, more = await self.batch(subject, after)
+            found, more = await self._bus.patiently(partial(self.batch, subject, after))
             for raw in found:
                 after = raw.seq
                 yield raw
@@ -277,8 +281,8 @@ class Log:
 
     async def last_seq(self) -> int:
         """The last sequence of the run; 0 when it has none."""
-        answer = await self._bus.request(f"{self._bus.api}.STREAM.INFO.{subjects.LOG_STREAM}", b"")
-        return int(json.loads(answer.data)["state"]["last_seq"])
+        info = await self._bus.ask(f"STREAM.INFO.{subjects.LOG_STREAM}")
+        return int(info["state"]["last_seq"])
 
     async def read(self, subject: str = "", after: int = 0) -> AsyncIterator[Stored]:
         """Everything in the log now, in order."""

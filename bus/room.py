@@ -1,6 +1,5 @@
 """How much room the stores have left. The log never ages out: near its limit nothing new may be begun."""
 
-import json
 import time
 
 from bus.connection import Bus
@@ -15,8 +14,8 @@ _REFUSED_S = 10.0
 
 async def shortage(bus: Bus) -> str:
     """Why nothing new may be begun, with the figure; empty while there is room. Raises Unavailable."""
-    log = json.loads((await bus.request(f"{bus.api}.STREAM.INFO.{LOG_STREAM}", b"")).data)
-    account = json.loads((await bus.request(f"{bus.api}.INFO", b"")).data)
+    log = await bus.ask(f"STREAM.INFO.{LOG_STREAM}")
+    account = await bus.ask("INFO")
     for what, used_bytes, limit_bytes in (
         ("the log", log["state"]["bytes"], log["config"]["max_bytes"]),
         ("the server's store", account["storage"], account["limits"]["max_storage"]),

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple
 
 import structlog
@@ -48,19 +49,10 @@ class Value(NamedTuple):
 
 
 async def _last(bus: Bus, stream: str, subject: str) -> Message | None:
-    message = await bus.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"")
+    read = partial(bus.request, f"$JS.API.DIRECT.GET.{stream}.{subject}", b"")
+    message = await bus.patiently(read)
     headers = message.headers or {}
     return None if headers.get("Status") or _CLEARED in headers else message
-
-
-async def _ask(bus: Bus, verb: str, stream: str, query: dict[str, Any]) -> dict[str, Any]:
-    """What the server answers about a stream; its refusal is in `error`. Raises Unavailable."""
-    answer = await bus.request(f"{bus.api}.STREAM.{verb}.{stream}", json.dumps(query).encode())
-    found: dict[str, Any] = json.loads(answer.data)
-    error = found.get("error")
-    if error and error.get("err_code") not in _NO_MESSAGE:
-        raise Unavailable(stream, str(error.get("description")))
-    return found
 
 
 async def purge(bus: Bus, stream: str, subject: str, *, through_seq: int = 0) -> int:
@@ -68,7 +60,7 @@ async def purge(bus: Bus, stream: str, subject: str, *, through_seq: int = 0) ->
     query: dict[str, Any] = {"filter": subject}
     if through_seq:
         query["seq"] = through_seq + 1
-    return int((await _ask(bus, "PURGE", stream, query)).get("purged", 0))
+    return int((await bus.ask(f"STREAM.PURGE.{stream}", query))["purged"])
 
 
 async def clear(bus: Bus, subject: str) -> None:
@@ -83,7 +75,9 @@ async def clear(bus: Bus, subject: str) -> None:
 
 async def delete_message(bus: Bus, stream: str, seq: int) -> bool:
     """Delete one message; False when it is not there any more."""
-    return "error" not in await _ask(bus, "MSG.DELETE", stream, {"seq": seq, "no_erase": True})
+    query = {"seq": seq, "no_erase": True}
+    answer = await bus.ask(f"STREAM.MSG.DELETE.{stream}", query, expected=_NO_MESSAGE)
+    return "error" not in answer
 
 
 async def messages(bus: Bus, stream: str, subject: str) -> AsyncIterator[Raw]:
@@ -172,7 +166,7 @@ async def _find(bus: Bus, bucket: str, run: str, sha256: str) -> Object | None:
 async def _is_whole(bus: Bus, bucket: str, found: Object) -> bool:
     subject = _chunks(bucket, found.upload)
     stream = f"OBJ_{bucket}"
-    state = (await _ask(bus, "INFO", stream, {"subjects_filter": subject}))["state"]
+    state = (await bus.ask(f"STREAM.INFO.{stream}", {"subjects_filter": subject}))["state"]
     whole = (state.get("subjects") or {}).get(subject, 0) == found.chunks
     # a single message may be the one that has cleared them
     return whole and (found.chunks != 1 or await _last(bus, stream, subject) is not None)
@@ -288,7 +282,7 @@ async def delete_orphans(bus: Bus, bucket: str, older_s: float) -> int:
     They were left by a writer that died, or by one that lost to another with the same bytes.
     """
     stream = f"OBJ_{bucket}"
-    answer = await _ask(bus, "INFO", stream, {"subjects_filter": f"$O.{bucket}.C.*"})
+    answer = await bus.ask(f"STREAM.INFO.{stream}", {"subjects_filter": f"$O.{bucket}.C.*"})
     now_s = timestamp_s(answer["ts"])
     uploads = answer["state"].get("subjects") or {}
     # read after the chunks: what was named in between is seen

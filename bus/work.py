@@ -15,7 +15,7 @@ from nats.errors import Error as NatsError
 
 from bus import subjects
 from bus.codec import decode, encode
-from bus.connection import Bus, Message, wait
+from bus.connection import NO_CONSUMER, Bus, Message, wait
 from bus.provision import ACK_WAIT_S
 from bus.subjects import Stage
 from schemas.messages import Work
@@ -235,8 +235,7 @@ async def backlog(bus: Bus, run: str, tools: Sequence[str]) -> dict[str, Queue]:
     for stage, tool in stages:
         stream = subjects.WORK_STREAMS[stage]
         name = subjects.durable(run, tool)
-        answer = await bus.request(f"{bus.api}.CONSUMER.INFO.{stream}.{name}", b"")
-        info = json.loads(answer.data)
+        info = await bus.ask(f"CONSUMER.INFO.{stream}.{name}", expected={NO_CONSUMER})
         if "error" not in info:
             taken = int(info["delivered"]["consumer_seq"])
             queues[f"tool.{tool}" if tool else stage] = Queue(int(info["num_pending"]), taken)

@@ -3,10 +3,11 @@
 import asyncio
 import os
 import signal
+from unittest.mock import AsyncMock
 
 import pytest
 
-from bus.connection import Bus
+from bus.connection import Bus, connect
 from bus.embedded import EmbeddedServer
 from bus.errors import TooLarge, Unavailable
 
@@ -51,6 +52,27 @@ async def test_who_waits_when_the_link_is_lost_is_told_at_once(
         with pytest.raises(Unavailable, match="Reconnecting"):
             await asking
         assert await storing == 1
+
+
+@pytest.mark.parametrize("pause_s", [None, 0.0, 0.3, 0.6])
+async def test_who_leaves_while_the_server_dies_has_left(
+    server: EmbeddedServer, pause_s: float | None
+) -> None:
+    """Without an error, and without a link that goes on looking for the server; before it is back, or after."""
+    for _ in range(3):
+        before = asyncio.all_tasks()
+        async with connect(server.endpoint, "test") as bus:
+            await bus.subscribe("heard", AsyncMock())
+            server.kill()
+            if pause_s is not None:
+                await asyncio.sleep(pause_s)
+                server.start()
+        if pause_s is None:
+            server.start()
+        left = asyncio.all_tasks() - before
+        if left:
+            await asyncio.wait(left, timeout=10)
+        assert not [task for task in left if not task.done()]
 
 
 async def test_a_cancellation_that_comes_with_the_answer_is_not_lost(bus: Bus) -> None:
