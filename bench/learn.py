@@ -5,8 +5,9 @@ the same cold start, made once. Steps and seconds are those of the reinforcement
 that answers 0.9 of them; the worst drop is the farthest that the held-out curve fell below what it had reached. A run
 that never gets there has none.
 
-`--trl` adds the peer: TRL's GRPOTrainer from the same cold starts, on the same rows (bench/learn_trl.py). Its clock
-stands still while held-out problems are answered; ours, which answers them while it trains, does not.
+`--trl` adds the peer: TRL's GRPOTrainer from the same cold starts, on the same rows, with the same sandboxed tool, and
+with a multiplication in place of it (bench/learn_trl.py). Its clock stands still while held-out problems are answered;
+ours, which answers them while it trains, does not.
 
     python -m bench.learn [--algorithms A,B] [--staleness 0,4,8] [--trl] [--seeds N] [--steps N] [--quick]
 """
@@ -51,6 +52,8 @@ ALGORITHMS = {
 }  # fmt: skip
 """Name → keys of [learner]; the others are the recipe's."""
 STALENESS = (0, 4, 8)
+PEERS = {"trl": [], "trl in place": ["--in-place"]}
+"""Name → options of bench.learn_trl."""
 QUICK = {
     "cold_start.steps": 20,
     "learner.groups_per_step": 2,
@@ -103,11 +106,11 @@ async def read_run(log: Log) -> Learned:
     return learned(curve, [max(0.0, made_s.get(v, begun_s) - begun_s) for v in versions])
 
 
-def measure_trl(recipe: Recipe) -> Learned:
+def measure_trl(recipe: Recipe, *options: str) -> Learned:
     """Let TRL do the recipe, in a process of its own."""
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run(
-        [sys.executable, "-m", "bench.learn_trl", "/dev/stdin"],
+        [sys.executable, "-m", "bench.learn_trl", "/dev/stdin", *options],
         input=to_toml(recipe),
         stdout=subprocess.PIPE,
         text=True,
@@ -192,10 +195,10 @@ def main() -> None:
             runs = [uvloop.run(measure(with_overrides(each, overrides))) for each in recipes]
             print(line(kind, runs), flush=True)
             found[kind] = figures(runs)
-        if options.trl:
-            runs = [measure_trl(each) for each in recipes]
-            print(line("trl", runs), flush=True)
-            found["trl"] = figures(runs)
+        for kind, flags in PEERS.items() if options.trl else ():
+            runs = [measure_trl(each, *flags) for each in recipes]
+            print(line(kind, runs), flush=True)
+            found[kind] = figures(runs)
     print(json.dumps(found))
 
 

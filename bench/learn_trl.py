@@ -1,15 +1,21 @@
 """bench.learn's peer: TRL's GRPOTrainer on the recipe, in one process, with TRL's own loop of turns and tool calls.
 
 The same model, rows, held-out problems, reward, groups, learning rate, temperature and limits; what the recipe does not
-say is as TRL has it by default. The tool is a multiplication in place (no sandbox), and the clock stands still while
-held-out problems are answered; both favour TRL: `actors train` evaluates while it trains.
+say is as TRL has it by default. The tool is the same, in the same sandbox, opened before the clock starts; TRL lets the
+calls of a turn run at once. `--in-place` makes a multiplication of it, without a sandbox. The clock stands still while
+held-out problems are answered, which favours TRL: `actors train` evaluates while it trains.
 
-    python -m bench.learn_trl RECIPE    # the last line: versions evaluated, held-out mean and seconds to each, as JSON
+    python -m bench.learn_trl RECIPE [--in-place]
+
+The last line: versions evaluated, held-out mean and seconds to each, as JSON.
 """
 
+import argparse
+import asyncio
 import json
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +29,12 @@ from trl import GRPOConfig, GRPOTrainer
 from actors.recipe import load_recipe
 from bench.single_process import Sampler, evaluate, resolve
 from rewards.exact import final_answer, is_same
-from schemas.recipe import Recipe
+from schemas.recipe import Recipe, Tools
+from tools.observation import shorten
+from tools.python import python
+from tools.sandbox.sandbox import Limits
+from tools.sandbox.select import open_sandbox
+from tools.tool import Context
 
 THREADS = 2
 END, CALL_END = "<|end|>", "</python>"
@@ -63,13 +74,41 @@ class Points(NamedTuple):
     """From the first step's beginning to the version, evaluations not counted."""
 
 
-def python(code: str) -> str:
-    """Run Python code.
+class InPlace:
+    """The tool without a sandbox, and without Python."""
 
-    Args:
-        code: An expression.
-    """
-    return evaluate(code)
+    def python(self, code: str) -> str:
+        """Run Python code.
+
+        Args:
+            code: An expression.
+        """
+        return evaluate(code)
+
+
+class Sandboxed:
+    """The recipe's tool, as the toolbox runs it."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+
+    async def open(self) -> None:
+        """Open the sandbox that the recipe names."""
+        self._sandbox = await open_sandbox(self._tools.tier)
+
+    async def close(self) -> None:
+        """And close it."""
+        await self._sandbox.close()
+
+    async def python(self, code: str) -> str:
+        """Run Python code.
+
+        Args:
+            code: An expression.
+        """
+        limits = Limits(wall_s=self._tools.timeout_s)
+        seen = await python(Context(run=self._sandbox.run, limits=limits, task={}), code)
+        return shorten(seen.text, self._tools.observation_chars)
 
 
 def correct(text: str, answer: str) -> float:
@@ -119,7 +158,7 @@ class Evaluations(TrainerCallback):  # type: ignore[misc]
         self._since = time.perf_counter()
 
 
-def train(recipe: Recipe) -> Points:
+def train(recipe: Recipe, tool: InPlace | Sandboxed) -> Points:
     """Every step of the recipe, from the model in the folder `policy.model`."""
     folder = recipe.policy.model
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -135,16 +174,31 @@ def train(recipe: Recipe) -> Points:
         }
         for row in islice(resolve(recipe.data.rows)(recipe.seed), count)
     ]
-    GRPOTrainer(
+    trainer = GRPOTrainer(
         model,
         rewards,
         settings(recipe, longest_prompt(tokenizer, rows)),
         Dataset.from_list(rows),
         processing_class=tokenizer,
         callbacks=[evaluations],
-        tools=[python],
-    ).train()
+        tools=[tool.python],
+    )
+    with opened(tool, trainer):
+        trainer.train()
     return evaluations.points
+
+
+@contextmanager
+def opened(tool: InPlace | Sandboxed, trainer: GRPOTrainer) -> Iterator[None]:
+    """In the loop in which TRL will call it."""
+    if isinstance(tool, InPlace):
+        yield
+        return
+    asyncio.run_coroutine_threadsafe(tool.open(), trainer.async_loop).result()
+    try:
+        yield
+    finally:
+        asyncio.run_coroutine_threadsafe(tool.close(), trainer.async_loop).result()
 
 
 def made_for_trl(tokenizer: Any) -> None:
@@ -193,8 +247,17 @@ def settings(recipe: Recipe, prompt_tokens: int) -> GRPOConfig:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument(
+        "--in-place", action="store_true", help="the tool multiplies, in no sandbox"
+    )
+    options = parser.parse_args()
+    recipe = load_recipe(options.recipe)
     torch.set_num_threads(THREADS)
-    points = train(load_recipe(Path(sys.argv[1])))
+    points = train(recipe, InPlace() if options.in_place else Sandboxed(recipe.tools))
     print(json.dumps(points._asdict()))
 
 

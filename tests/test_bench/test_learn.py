@@ -73,7 +73,7 @@ def test_one_algorithm_is_measured() -> None:
         [*command, "--staleness", "none"], capture_output=True, text=True, check=True
     )
     found = json.loads(ran.stdout.splitlines()[-1])
-    assert set(found) == {"grpo", "trl"}
+    assert set(found) == {"grpo", "trl", "trl in place"}
     for row in found.values():
         assert set(row) == set(Learned._fields)
         assert 0 <= row["held_out"][0] <= 1
