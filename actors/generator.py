@@ -28,17 +28,23 @@ from tools.formats import with_functions
 
 _WEIGHTS_WAIT_S = 60.0
 
-Pinned = Callable[[int], Awaitable[Engine]]
-"""An engine that holds one version for good."""
-
 
 class Policies:
-    """The engines of one replica: the live one, and one that is pinned for evaluation."""
+    """The engines of one replica: the live one, and one that holds the version that is evaluated."""
 
-    def __init__(self, live: Engine, open_pinned: Pinned) -> None:
+    def __init__(
+        self,
+        live: Engine,
+        open_other: Callable[[], Awaitable[Engine]],
+        weights_of: Callable[[int], Awaitable[bytes]],
+    ) -> None:
+        """`open_other`: an engine that waits for its first weights; `weights_of`: those of a version."""
         self.live = live
-        self._open_pinned = open_pinned
-        self._pinned: tuple[int, Engine] | None = None
+        self._open_other = open_other
+        self._weights_of = weights_of
+        self._pinned: Engine | None = None
+        self._pinned_version: int | None = None
+        """None while nobody knows what it holds."""
         self._pinned_turns = 0
         """Turns that the pinned engine is sampling."""
         self._pinned_free = asyncio.Condition()
@@ -64,38 +70,46 @@ class Policies:
 
     @asynccontextmanager
     async def exactly(self, policy_version: int) -> AsyncIterator[Engine]:
-        """An engine with just this version, for one turn; the last one asked for is kept.
+        """An engine that holds just this version, for one turn.
 
-        Turns of another version wait until those of this one are sampled: an engine in use is never taken away.
+        Turns of another version wait until those of this one are sampled: an engine in use is given no other weights.
         """
         async with self._pinned_free:
             await self._pinned_free.wait_for(
-                lambda: self._holds(policy_version) or not self._pinned_turns
+                lambda: self._pinned_version == policy_version or not self._pinned_turns
             )
             engine = await self._pin(policy_version)
             self._pinned_turns += 1
         try:
             yield engine
+        except EngineError:
+            self._pinned_version = None  # it may be broken: who comes next finds out
+            raise
         finally:
             self._pinned_turns -= 1
             async with self._pinned_free:
                 self._pinned_free.notify_all()
 
-    def _holds(self, policy_version: int) -> bool:
-        return self._pinned is not None and self._pinned[0] == policy_version
-
     async def _pin(self, policy_version: int) -> Engine:
-        if self._pinned is not None and not self._holds(policy_version):
-            _, old = self._pinned
-            self._pinned = None
-            await old.close()
+        if self._pinned is not None and self._pinned_version == policy_version:
+            return self._pinned
+        weights = await self._weights_of(policy_version)
+        self._pinned_version = None
         if self._pinned is None:
-            self._pinned = (policy_version, await self._open_pinned(policy_version))
-        return self._pinned[1]
+            self._pinned = await self._open_other()
+        try:
+            await self._pinned.load(weights, policy_version)
+        except EngineError:
+            broken, self._pinned = self._pinned, None
+            with suppress(EngineError):
+                await broken.close()
+            raise
+        self._pinned_version = policy_version
+        return self._pinned
 
     def engines(self) -> list[Engine]:
         """All that are open."""
-        return [self.live, *([self._pinned[1]] if self._pinned else [])]
+        return [self.live, *([self._pinned] if self._pinned else [])]
 
 
 class Prepared(NamedTuple):

@@ -21,7 +21,6 @@ from actors.weights import Versions
 from bus import policy, private, subjects
 from bus.connection import Message
 from bus.errors import BusError
-from engines.engine import Engine
 from engines.errors import EngineError
 from schemas.events import TERMINAL, AnyEvent, Scored, ToolAdded
 from schemas.messages import RoleName, WeightsPointer
@@ -90,17 +89,13 @@ async def serve_generator(process: Process) -> None:
         for file, data in (await policy.load_assets(bus, run, pointer)).files.items():
             (folder / file).write_bytes(data)
 
-        def make() -> Engine:
-            return open_engine(recipe.generator, recipe.policy, folder, process.recipe_dir)
-
+        open_one = partial(open_engine, recipe.generator, recipe.policy, folder, process.recipe_dir)
+        make = partial(asyncio.to_thread, open_one)
         versions = Versions(bus, run)
-
-        async def open_pinned(version: int) -> Engine:
-            return await _open_with(make, await versions.exactly(version), version)
-
         process.vitals.phase = "loading the model"
         pointer, weights = await versions.newest(pointer)
-        policies = Policies(await _open_with(make, weights, pointer.policy_version), open_pinned)
+        policies = Policies(await make(), make, versions.exactly)
+        await policies.update(weights, pointer.policy_version)
         process.vitals.policy_version = pointer.policy_version
         chat, toolset = _open_chat(recipe, folder, process.recipe_dir)
         events = run_events(process.log)
@@ -153,12 +148,6 @@ def _open_chat(recipe: Recipe, folder: Path, recipe_dir: str) -> "tuple[Chat, To
     except ToolError as error:
         raise RecipeError("recipe", "tools.format", error.detail) from error
     return chat, toolset
-
-
-async def _open_with(make: Callable[[], Engine], weights: bytes, version: int) -> Engine:
-    engine = await asyncio.to_thread(make)
-    await engine.load(weights, version)
-    return engine
 
 
 async def _follow_policy(

@@ -45,8 +45,7 @@ class ScriptedEngine:
 
     async def sample(self, request: SampleRequest) -> Sample:
         """Say the script's text, token by token; see Engine."""
-        if self._closed:
-            raise EngineError("closed", "the engine is closed")
+        self._refuse_if_closed()
         if len(request.ids) + 1 > _CONTEXT:
             raise TooLong(len(request.ids) + 1, _CONTEXT)
         if not request.ids or request.max_tokens < 1:
@@ -71,6 +70,7 @@ class ScriptedEngine:
 
     async def load(self, weights: bytes, policy_version: int) -> None:  # noqa: ARG002 (not read)
         """Take the version."""
+        self._refuse_if_closed()
         self._policy_version = policy_version
 
     async def interrupt(self) -> None:
@@ -82,6 +82,10 @@ class ScriptedEngine:
         """End every running turn, and refuse new ones."""
         self._closed = True
         await self.interrupt()
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise EngineError("closed", "the engine is closed")
 
     def _plan(self, request: SampleRequest) -> tuple[list[int], Finish]:
         """The turn if nothing interrupts it."""

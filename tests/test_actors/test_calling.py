@@ -69,14 +69,14 @@ def ask(model_folder: Path, tmp_path: Path) -> Callable[..., Any]:
         engine = ScriptedEngine.open(tmp_path, lambda _text, _seed: reply)
         await engine.load(b"", 0)
 
-        async def no_other(version: int) -> Any:
-            raise AssertionError(version)
+        async def no_other(*_: int) -> Any:
+            raise AssertionError
 
         config = recipe.tools
         tools = load_tools(config.use)
         formats = open_format(config.format, tools, config.tags, chat.write_calls)
         generator = Generator(
-            recipe, Policies(engine, no_other), chat, Calling(formats), "generator-1"
+            recipe, Policies(engine, no_other, no_other), chat, Calling(formats), "generator-1"
         )
         turn = await generator.handle(state)
         given = [i for i, own in zip(turn.tokens.ids_T, turn.tokens.mask, strict=True) if not own]

@@ -13,6 +13,7 @@ from actors.generator import Generator, Policies, turn_seed
 from actors.images import Images
 from actors.scorer import Scorer
 from actors.toolbox import Toolbox
+from bus.errors import BusError
 from engines.chat import Chat
 from engines.engine import Engine
 from engines.errors import EngineError
@@ -61,14 +62,21 @@ def says(folder: Path, *replies: str) -> ScriptedEngine:
     return ScriptedEngine.open(folder, lambda _text, _seed: left.pop(0))
 
 
+async def weights_of(version: int) -> bytes:
+    """Of every version but one."""
+    if version == 404:
+        raise BusError("version 404 was never published")
+    return b""
+
+
 class Stage:
     """A generator on a scripted engine; `ask` is one hop."""
 
     def __init__(self, folder: Path, engine: Engine, recipe: Recipe = RECIPE) -> None:
         self.folder = folder
         self.chat = Chat(folder)
-        self.pinned: list[int] = []
-        self.policies = Policies(engine, self.open_pinned)
+        self.opened = 0
+        self.policies = Policies(engine, self.open_other, weights_of)
         tools = load_tools(recipe.tools.use)
         self.generator = Generator(
             recipe,
@@ -78,11 +86,11 @@ class Stage:
             "generator-1",
         )
 
-    async def open_pinned(self, version: int) -> Engine:
-        self.pinned.append(version)
-        engine = says(self.folder, "4042", "4042", "4042")
-        await engine.load(b"", version)
-        return engine
+    async def open_other(self) -> Engine:
+        self.opened += 1
+        return ScriptedEngine.open(
+            self.folder, lambda _text, _seed: "4042", seconds_per_token=0.005
+        )
 
     def text(self, ids: object) -> str:
         return str(self.chat._tokenizer.decode(list(ids)))  # type: ignore[call-overload]
@@ -325,66 +333,55 @@ async def test_weights_that_do_not_come_fail_the_hop(
         await stage.generator.handle(state)
 
 
+def evaluation(version: int) -> Trajectory:
+    """One that is pinned to a version."""
+    return state_of(admitted=replace(ADMITTED, purpose="eval", pinned_policy_version=version))
+
+
 async def test_an_evaluation_is_sampled_by_its_own_version(model_folder: Path) -> None:
-    """By an engine of its own, kept while that version is asked for, whatever the live one holds."""
+    """By an engine of its own, which takes each version that is asked for, whatever the live one holds."""
     stage = await scripted(model_folder, version=9)
-    for version in (5, 5, 6):
-        admitted = replace(ADMITTED, purpose="eval", pinned_policy_version=version)
-        turn = await stage.generator.handle(state_of(admitted=admitted))
+    for version in (5, 5, 6, 4):
+        turn = await stage.generator.handle(evaluation(version))
         assert set(turn.tokens.versions_T) == {-1, version}
-    assert stage.pinned == [5, 6]
-    assert [engine.policy_version for engine in stage.policies.engines()] == [9, 6]
+    assert stage.opened == 1, "opening one takes vLLM half a minute"
+    assert [engine.policy_version for engine in stage.policies.engines()] == [9, 4]
     await stage.generator.close()
 
 
 async def test_evaluations_of_two_versions_do_not_take_each_other_s_engine(
     model_folder: Path,
 ) -> None:
-    """They overlap where steps are quicker than evaluations: then one waits, and no turn is cut short."""
+    """They overlap where steps are quicker than evaluations: then one waits, and no turn has tokens of two."""
     stage = await scripted(model_folder)
-
-    async def open_pinned(version: int) -> Engine:
-        engine = ScriptedEngine.open(
-            model_folder, lambda _text, _seed: "4042", seconds_per_token=0.005
-        )
-        await engine.load(b"", version)
-        stage.pinned.append(version)
-        return engine
-
-    stage.policies = Policies(stage.policies.live, open_pinned)
-    stage.generator._policies = stage.policies
     versions = [5, 6, 5, 6, 7, 5]
     turns = await asyncio.gather(
-        *(
-            stage.generator.handle(
-                state_of(admitted=replace(ADMITTED, purpose="eval", pinned_policy_version=version))
-            )
-            for version in versions
-        )
+        *(stage.generator.handle(evaluation(version)) for version in versions)
     )
     assert {turn.finish_reason for turn in turns} == {"stop"}
-    assert [turn.tokens.oldest_version for turn in turns] == versions
-    assert sorted(stage.pinned) == [5, 6, 7]
+    assert [set(turn.tokens.versions_T) for turn in turns] == [{-1, each} for each in versions]
+    assert stage.opened == 1
 
 
-async def test_a_version_that_cannot_be_opened_holds_up_nobody(model_folder: Path) -> None:
+async def test_a_version_that_is_not_there_holds_up_nobody(model_folder: Path) -> None:
     """Its turn fails, and the next one finds an engine."""
     stage = await scripted(model_folder, version=9)
+    await stage.generator.handle(evaluation(5))
+    with pytest.raises(BusError, match="never published"):
+        await stage.generator.handle(evaluation(404))
+    assert (await stage.generator.handle(evaluation(5))).last
 
-    async def open_pinned(version: int) -> Engine:
-        if version == 6:
-            raise EngineError("gone", "never published")
-        return await stage.open_pinned(version)
 
-    stage.policies = Policies(stage.policies.live, open_pinned)
-    stage.generator._policies = stage.policies
-    for version, good in ((5, True), (6, False), (5, True)):
-        admitted = replace(ADMITTED, purpose="eval", pinned_policy_version=version)
-        if good:
-            assert (await stage.generator.handle(state_of(admitted=admitted))).last
-        else:
-            with pytest.raises(HopFailed, match=r"engine\.gone"):
-                await stage.generator.handle(state_of(admitted=admitted))
+async def test_an_engine_that_breaks_is_replaced(model_folder: Path) -> None:
+    """That of evaluations: the turn that finds it broken fails, and one of its next tries has another."""
+    stage = await scripted(model_folder, version=9)
+    await stage.generator.handle(evaluation(5))
+    await stage.policies.engines()[1].close()
+    for _ in range(2):
+        with pytest.raises(HopFailed, match=r"engine\.closed"):
+            await stage.generator.handle(evaluation(5))
+    assert (await stage.generator.handle(evaluation(5))).last
+    assert stage.opened == 2
 
 
 async def test_an_engine_s_failure_is_the_engine_s(model_folder: Path) -> None:

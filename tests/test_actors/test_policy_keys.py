@@ -13,7 +13,6 @@ from actors.generator import Generator, Policies
 from actors.preflight import check_names
 from actors.tasks import Tasks
 from engines.chat import Chat
-from engines.engine import Engine
 from engines.scripted import ScriptedEngine
 from learner.policy import Policy as LearnedPolicy
 from schemas.events import Admitted, Result, Turn
@@ -47,11 +46,11 @@ async def said(folder: Path, recipe: Recipe) -> list[Turn]:
     engine = ScriptedEngine.open(folder, lambda _text, _seed: next(replies))
     await engine.load(b"", 0)
 
-    async def open_pinned(_version: int) -> Engine:
+    async def no_other(*_: int) -> Any:
         raise AssertionError
 
     calling = Calling(open_format("tagged", load_tools(recipe.tools.use), {}))
-    generator = Generator(recipe, Policies(engine, open_pinned), Chat(folder), calling, "g")
+    generator = Generator(recipe, Policies(engine, no_other, no_other), Chat(folder), calling, "g")
     seqs = itertools.count(1)
     name = "g0-0-0"
     state = fold(None, Admitted(trajectory=name, task="t", public=PUBLIC, private_key=""), 0)

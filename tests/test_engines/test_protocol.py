@@ -164,12 +164,16 @@ async def test_an_empty_prompt_is_refused(engine: Engine) -> None:
         await engine.sample(SampleRequest(ids=[], max_tokens=3))
 
 
-async def test_close_ends_what_runs_and_refuses_the_rest(engine: Engine) -> None:
-    """Running turns are partial, later ones raise; closing twice is allowed."""
+async def test_close_ends_what_runs_and_refuses_the_rest(
+    engine: Engine, make_folder: MakeFolder
+) -> None:
+    """Running turns are partial, later ones and weights raise; closing twice is allowed."""
     turn = asyncio.create_task(engine.sample(SampleRequest(ids=[4], max_tokens=LONG)))
     await engine.sample(SampleRequest(ids=[5], max_tokens=2))
     await engine.close()
     assert consistent(await turn)
     with pytest.raises(EngineError, match="closed"):
         await engine.sample(SampleRequest(ids=[4], max_tokens=3))
+    with pytest.raises(EngineError, match="closed"):
+        await engine.load((make_folder("endless", 4) / "model.safetensors").read_bytes(), 1)
     await engine.close()
