@@ -1,5 +1,6 @@
 """`actors`: train, join, watch and steer runs. Torch is imported by the processes that need it, never here."""
 
+import errno
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from actors.logs import set_up_logging
 from bus.errors import BusError
 from bus.subjects import KEPT
 
+_NO_PLACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
+
 
 class Commands(click.Group):
     """Prints the mistakes that a user can mend as one line, with exit status 2."""
@@ -26,6 +29,12 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except (UserError, BusError) as error:
             click.echo(f"actors: {error}", err=True)
+            sys.exit(2)
+        except OSError as error:
+            if error.errno not in _NO_PLACE:
+                raise
+            hint = "make room, or name another folder for runs in ACTORS_RUNS"
+            click.echo(f"actors: {error}: {hint}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -118,6 +120,19 @@ def test_a_model_that_is_nowhere_stops_the_run(tmp_path: Path) -> None:
 
 
 # -- servers and runs ------------------------------------------------------------------------------
+
+
+def test_a_disk_without_room_is_named(
+    tmp_path: Path, make_small_disk: Callable[[Path, int], Path]
+) -> None:
+    """Before anything runs; with where else to go."""
+    full = make_small_disk(tmp_path / "full", 1)
+    with suppress(OSError):
+        (full / "ballast").write_bytes(b"x" * (2 << 20))
+    line = refused(tmp_path, "train", str(RECIPE), "--run", "x", ACTORS_RUNS=str(full / "runs"))
+    assert "No space left on device" in line
+    assert "ACTORS_RUNS" in line
+    assert processes_in(tmp_path) == []
 
 
 def test_a_server_that_does_not_answer_is_named(tmp_path: Path) -> None:
