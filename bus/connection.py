@@ -41,7 +41,7 @@ WRONG_LAST_SEQUENCE = 10071
 STORE_FULL = frozenset({10077, 10002, 10023, 10047})
 """A stream is at its own limit, its account is, or the server (10023 is what 2.15 says to a publisher)."""
 
-_NO_LEADER = 10008
+NO_LEADER = 10008
 """What the servers of a cluster say of a stream for which they choose a leader."""
 NO_CONSUMER = 10014
 
@@ -207,12 +207,12 @@ class Bus:
         except (NatsError, TimeoutError) as error:
             raise Unavailable(subject, repr(error)) from error
 
-    async def patiently(self, read: Callable[[], Awaitable[T]]) -> T:
-        """What a read finds, begun again while it raises Unavailable: servers start, or choose a leader."""
+    async def patiently(self, do: Callable[[], Awaitable[T]]) -> T:
+        """What is harmless to do twice, again while it raises Unavailable: servers start, or choose a leader."""
         end = time.monotonic() + _ELECTION_S
         while True:
             try:
-                return await read()
+                return await do()
             except Unavailable:
                 if self.closed.is_set() or time.monotonic() > end:
                     raise
@@ -230,7 +230,7 @@ class Bus:
         async def read() -> dict[str, Any]:
             message = await self.request(subject, json.dumps(query).encode() if query else b"")
             answer: dict[str, Any] = json.loads(message.data)
-            if answer.get("error", {}).get("err_code") == _NO_LEADER:
+            if answer.get("error", {}).get("err_code") == NO_LEADER:
                 raise Unavailable(subject, "its stream has no leader")
             return answer
 

@@ -16,7 +16,7 @@ from nats.js.api import (
 )
 from nats.js.errors import APIError, BadRequestError, NotFoundError, ServiceUnavailableError
 
-from bus.connection import STORE_FULL, Bus
+from bus.connection import NO_LEADER, STORE_FULL, Bus
 from bus.errors import BusError, Full, Unavailable
 from bus.subjects import LOG_STREAM, WORK_STREAMS, durable, streams, token, work
 
@@ -91,8 +91,12 @@ async def provision(
     the limit, Unavailable, and BusError when there are not so many servers, or none has JetStream.
     """
     token(run, "the run's name")
-    with _translated(bus.url):
-        await _provision(bus, run, tools, log_limit_bytes, replicas)
+
+    async def make() -> None:
+        with _translated(bus.url):
+            await _provision(bus, run, tools, log_limit_bytes, replicas)
+
+    await bus.patiently(make)
 
 
 @contextmanager
@@ -105,6 +109,8 @@ def _translated(url: str) -> Iterator[None]:
             raise BusError(
                 f"the server at {url} has no JetStream: start it with -js, or as `actors nats-conf` configures it"
             ) from error
+        if isinstance(error, APIError) and error.err_code != NO_LEADER:
+            raise BusError(f"the server at {url} refuses: {error.description}") from error
         raise Unavailable(url, str(error) or repr(error)) from error
 
 

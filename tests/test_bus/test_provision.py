@@ -43,8 +43,11 @@ async def test_a_server_without_jetstream_is_one_clear_error(
             await delete_consumers(bus, "test")
 
 
-async def test_a_server_that_does_not_answer_is_one_clear_error(plain_servers, tmp_path) -> None:
+async def test_a_server_that_does_not_answer_is_one_clear_error(
+    plain_servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It has ended meanwhile: whatever the client says of it, it is one of the bus's own errors."""
+    monkeypatch.setattr("bus.connection._ELECTION_S", 1.0)
     server = plain_servers("plain", f'jetstream {{ store_dir: "{tmp_path / "store"}" }}')
     async with connected(Endpoint(url=server.url)) as bus:
         server.kill()
