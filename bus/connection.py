@@ -53,6 +53,7 @@ _HEAD_BYTES = len("NATS/1.0\r\n\r\n")
 _RETRY_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 _PUBLISH_TIMEOUT_S = 3.0
 _LOOK_AGAIN_S = 0.25
+_SILENT_S = 2.0
 _ELECTION_S = 30.0
 """How long servers may take until they answer: those of a cluster that have just started choose who leads."""
 _CONNECT_TIMEOUT_S = 5.0
@@ -209,13 +210,18 @@ class Bus:
 
     async def patiently(self, do: Callable[[], Awaitable[T]]) -> T:
         """What is harmless to do twice, again while it raises Unavailable: servers start, or choose a leader."""
-        end = time.monotonic() + _ELECTION_S
+        begun_s = time.monotonic()
+        said = False
         while True:
             try:
                 return await do()
-            except Unavailable:
-                if self.closed.is_set() or time.monotonic() > end:
+            except Unavailable as error:
+                waited_s = time.monotonic() - begun_s
+                if self.closed.is_set() or waited_s > _ELECTION_S:
                     raise
+                if waited_s > _SILENT_S and not said:
+                    said = True
+                    log.warning("waiting for the server", limit_s=_ELECTION_S, error=str(error))
             await asyncio.sleep(_LOOK_AGAIN_S)
 
     async def ask(

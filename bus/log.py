@@ -34,6 +34,7 @@ from schemas.trajectory import Trajectory, fold
 log = structlog.get_logger()
 
 _BATCH = 512
+_REFUSED = {"503": "no server answers for its stream, or there is no such stream"}
 _ANSWER_S = 2.0
 _BEHIND_S, _LOOK_AGAIN_S = 5.0, 0.1
 """How long a server may be behind the others of its cluster, and how often it is asked until it is not."""
@@ -123,7 +124,7 @@ class StreamReader:
                     elif status == "404":
                         return found, False
                     else:
-                        raise Unavailable(subject, f"status {status}")
+                        raise Unavailable(subject, _REFUSED.get(status, f"status {status}"))
         except (NatsError, TimeoutError) as error:
             if found:
                 return found, True
