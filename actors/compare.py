@@ -70,7 +70,7 @@ def compare(names: Sequence[str], picture: Path | None) -> None:
 def run_path(name: str) -> Path:
     """The folder of `RUN` or `RUN/SHADOW`."""
     run, _, shadow = name.partition("/")
-    return RunFolder(f"{run}/shadow/{shadow}" if shadow else run).path
+    return RunFolder(run, shadow).path
 
 
 def _rows(name: str) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ async def export(name: str, folder: Path, nats_url: str, *, step: int | None, be
     """Write the newest checkpoint, that of a step, or the best, of `RUN` or `RUN/SHADOW`. Raises UserError."""
     _refuse_folder(folder)
     run, _, shadow = name.partition("/")
-    kept = RunFolder(f"{run}/shadow/{shadow}" if shadow else run).checkpoints
+    kept = RunFolder(run, shadow).checkpoints
     async with reach(run, nats_url) as (bus, log):
         event = await opened(log)
         if event is None:

@@ -19,11 +19,11 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunFolder:
-    """`runs/<name>/`."""
+    """`runs/<name>/`, or that of one of the run's shadows in it."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, shadow: str = "") -> None:
         self.run = run
-        self.path = RUNS / run
+        self.path = RUNS / run / "shadow" / shadow if shadow else RUNS / run
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.nats = self.path / "nats"

@@ -115,7 +115,7 @@ class Shadow:
         self._name = name
         self._overrides = list(overrides)
         self._at_rest = at_rest
-        self._folder = RunFolder(f"{process.run}/shadow/{name}")
+        self._folder = RunFolder(process.run, name)
         self._seq = 0
         """The last sequence of our log."""
         self._begun = 0

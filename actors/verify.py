@@ -9,10 +9,9 @@ from actors.accounts import Accounts
 from actors.joining import reach
 from actors.rules import FATES, RULES, Report
 from actors.views import columns
-from bus import subjects
 from bus.connection import Bus
-from bus.errors import BadMessage
-from bus.log import open_reader, read_event
+from bus.dead import dead_letters
+from bus.log import open_log
 
 BROKEN = 1
 """Exit status when a rule is broken."""
@@ -32,19 +31,11 @@ async def verify(run: str | None, nats_url: str, *, as_json: bool) -> int:
 async def audit(bus: Bus, run: str) -> Report:
     """The accounts of all that is in a run's log now."""
     accounts = Accounts()
-    junk = dead = 0
-    async with open_reader(bus, subjects.LOG_STREAM) as reader:
-        async for raw in reader.read(subjects.log(run)):
-            try:
-                event = read_event(raw)
-            except BadMessage:
-                junk += 1  # as every reader of the log does
-                continue
-            accounts.observe(event, raw.subject.split(".")[3])
-    async with open_reader(bus, subjects.DEAD_STREAM) as reader:
-        async for _ in reader.read(subjects.dead("*", run)):
-            dead += 1
-    return accounts.report(run, junk=junk, dead_letters=dead)
+    async with open_log(bus, run) as log:
+        async for stored in log.read():
+            accounts.observe(stored.event, stored.subject.split(".")[3])
+    dead = len(await dead_letters(bus, run))
+    return accounts.report(run, junk=log.junk, dead_letters=dead)
 
 
 def report_text(report: Report) -> str:

@@ -36,9 +36,8 @@ def finished(machine) -> str:
 
     for victim, more in ((1, 2), (0, 3)):
         machine.until(lambda: len(ranks()) == 2 or run.poll() is not None, "a group")
-        steps = (
-            len(machine.rows(RUN)) + more
-        )  # a new group takes seconds: no row is still to come of the old one
+        # a new group takes seconds: no row is still to come of the old one
+        steps = len(machine.rows(RUN)) + more
         machine.until(
             lambda n=steps: len(machine.rows(RUN)) >= n or run.poll() is not None, f"{steps} steps"
         )  # type: ignore[misc]
