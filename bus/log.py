@@ -34,7 +34,6 @@ from schemas.trajectory import Trajectory, fold
 log = structlog.get_logger()
 
 _BATCH = 512
-_REFUSED = {"503": "no server answers for its stream, or there is no such stream"}
 _ANSWER_S = 2.0
 _BEHIND_S, _LOOK_AGAIN_S = 5.0, 0.1
 """How long a server may be behind the others of its cluster, and how often it is asked until it is not."""
@@ -123,8 +122,10 @@ class StreamReader:
                         return found, int(headers.get("Nats-Num-Pending", "0")) > 0
                     elif status == "404":
                         return found, False
+                    elif status == "503":
+                        raise Unavailable(subject, "no server answers for such a stream")
                     else:
-                        raise Unavailable(subject, _REFUSED.get(status, f"status {status}"))
+                        raise Unavailable(subject, f"status {status}")
         except (NatsError, TimeoutError) as error:
             if found:
                 return found, True
