@@ -42,6 +42,8 @@ from schemas.trajectory import Trajectory
 log = structlog.get_logger()
 
 _PATROL_S = 1.0
+_BACKLOG_S = 3.0
+"""How long a patrol waits to hear of the queues; then it goes by what they were."""
 _POLL_S = 0.1
 _APPENDS_AT_ONCE = 32
 
@@ -187,8 +189,9 @@ class Dispatching:
         # after an outage the replicas need a moment to be heard again
         if now_s - self._patrol_s >= _PATROL_S and self._fleet.flows_s(now_s) > HEARD_S:
             self._patrol_s = now_s
-            with contextlib.suppress(Unavailable):
-                self._queues = await backlog(self._process.bus, self._process.run, self._tools)
+            with contextlib.suppress(Unavailable, TimeoutError):
+                async with asyncio.timeout(_BACKLOG_S):
+                    self._queues = await backlog(self._process.bus, self._process.run, self._tools)
             decisions += self._dispatcher.patrol(self._view(now_s))
             self._say_how_it_goes()
             self._watch(now_s)

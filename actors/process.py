@@ -236,8 +236,11 @@ class Hops:
             except BusError as error:
                 log.warning("hop not confirmed", error=str(error))
                 again = True
-                away = isinstance(error, Full) or not process.bus.client.is_connected
-                refusals = 0 if away else refusals + 1
+                # no room, or no server that answers: both are waited for, however long
+                waits = isinstance(error, Full | Unavailable) and not getattr(
+                    error, "refused", False
+                )
+                refusals = 0 if waits else refusals + 1
             await wait(process.stopping, _RETRY_DELAY_S)
         await delivery.give_back()
 
@@ -313,7 +316,7 @@ class Hops:
             await self._failed(state, work, delivery, error)
             return
         except Conflict:
-            await self._moved_on(await process.log.trajectory(state.id), delivery)
+            await self._moved_on(await process.log.trajectory(state.id, state.seq + 1), delivery)
             return
         except (Denied, Full, Unavailable):
             raise  # a wrong login, or the server's state: the trajectory has not failed
@@ -331,7 +334,7 @@ class Hops:
         try:
             seq = await process.log.append(event, state.seq)
         except Conflict:
-            await self._moved_on(await process.log.trajectory(state.id), delivery)
+            await self._moved_on(await process.log.trajectory(state.id, state.seq + 1), delivery)
             return
         except TooLarge as error:
             await self._failed(state, work, delivery, HopFailed("bus", "toolarge", str(error)))

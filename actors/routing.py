@@ -30,7 +30,7 @@ from schemas.recipe import Recipe
 from schemas.trajectory import Trajectory
 from tools.tool import Tool
 
-ReadTrajectory = Callable[[str], Awaitable[Trajectory | None]]
+ReadTrajectory = Callable[[str, int], Awaitable[Trajectory | None]]
 """Folds one from the log."""
 
 _CALL = tuple[int, int]
@@ -105,7 +105,7 @@ class Routing:
         try:
             work: Work = decode(ask.work, Work)
             bind_contextvars(stage=self.stage, trajectory=work.trajectory)
-            state = work.state or await self._read(work.trajectory)
+            state = work.state or await self._read(work.trajectory, work.seq)
             if state is None or state.seq != work.seq:
                 return _refusal("bus", "moved_on", "the trajectory has moved")
             if not ask.run:

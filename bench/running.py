@@ -107,8 +107,8 @@ class RealRun:
         used["nats-server"] = _own_s(psutil.Process(self.server.pid))
         for process in supervisor.children(recursive=True):
             try:
-                title = process.cmdline()[0].split()
-                if title[0] == "actors":  # `actors generator bench`, or `actors nursery`
+                title = " ".join(process.cmdline()).split()  # none: it has just ended
+                if title[:1] == ["actors"]:  # `actors generator bench`, or `actors nursery`
                     used[title[1]] += _own_s(process)
                 else:
                     times = process.cpu_times()  # a sandbox's processes are many and short-lived

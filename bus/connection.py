@@ -44,6 +44,8 @@ STORE_FULL = frozenset({10077, 10002, 10023, 10047})
 NO_LEADER = 10008
 """What the servers of a cluster say of a stream for which they choose a leader."""
 NO_CONSUMER = 10014
+_UNDECIDED = frozenset({10158, 10164})
+"""A message of the same id, or one that expects the same sequence, is on its way to the servers of a cluster."""
 
 _CREDENTIALS = re.compile(r"(^|,)(\w+://)?([^/,:@]+)(?::([^,]*))?@")
 _ANSWERS = frozenset({"Nats-Stream", "Status"})
@@ -181,8 +183,9 @@ class Bus:
                     expected = (headers or {}).get("Nats-Expected-Last-Subject-Sequence", "0")
                     raise Conflict(subject, int(expected)) from error
                 full = error.err_code in STORE_FULL
-                if not isinstance(error, ServiceUnavailableError) and not full:
-                    raise Unavailable(subject, str(error)) from error
+                again = full or error.err_code in _UNDECIDED
+                if not isinstance(error, ServiceUnavailableError) and not again:
+                    raise Unavailable(subject, str(error), refused=True) from error
                 failure: BusError = (Full if full else Unavailable)(subject, str(error))
             except (NatsError, TimeoutError, NoStreamResponseError) as error:
                 failure = Unavailable(subject, repr(error))
@@ -243,7 +246,7 @@ class Bus:
         answer = await self.patiently(read)
         error = answer.get("error")
         if error and error.get("err_code") not in expected:
-            raise Unavailable(subject, str(error.get("description")))
+            raise Unavailable(subject, str(error.get("description")), refused=True)
         return answer
 
     async def subscribe(self, subject: str, callback: Callable[[Message], Awaitable[None]]) -> None:

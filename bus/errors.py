@@ -45,9 +45,11 @@ class Denied(BusError):
 class Unavailable(BusError):
     """The server did not confirm in time."""
 
-    def __init__(self, subject: str, why: str) -> None:
+    def __init__(self, subject: str, why: str, *, refused: bool = False) -> None:
         super().__init__(f"{subject}: not confirmed: {why}")
         self.subject = subject
+        self.refused = refused
+        """A server has answered, and waiting for one does not help."""
 
 
 class InUse(BusError):

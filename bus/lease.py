@@ -10,6 +10,7 @@ from bus.errors import BusError, Conflict, Full, Unavailable
 
 _TTL_S = 5
 _RENEW_S = 1.0
+_RELEASE_S = 2.0
 
 
 class Lease:
@@ -79,6 +80,7 @@ class Lease:
                 continue
 
     async def release(self) -> None:
-        """Let a standby in at once."""
-        with suppress(BusError):
-            await store.put(self._bus, "lease", self._key, b"", expected_seq=self._seq, ttl_s=1)
+        """Let a standby in at once; without a server it lasts until it expires."""
+        with suppress(BusError, TimeoutError):
+            async with asyncio.timeout(_RELEASE_S):
+                await store.put(self._bus, "lease", self._key, b"", expected_seq=self._seq, ttl_s=1)

@@ -125,7 +125,7 @@ class StreamReader:
                     elif status == "503":
                         raise Unavailable(subject, "no server answers for such a stream")
                     else:
-                        raise Unavailable(subject, f"status {status}")
+                        raise Unavailable(subject, f"status {status}", refused=True)
         except (NatsError, TimeoutError) as error:
             if found:
                 return found, True
@@ -249,8 +249,12 @@ class Log:
         try:
             return await self._bus.store(subject, data, headers)
         except Conflict:
-            # our own first try may have been stored though its confirmation was lost
-            last = [raw async for raw in self._reader.read(scope, after)]
+            # our own first try may have been stored though its confirmation was lost; who answers may be behind
+            end = time.monotonic() + _BEHIND_S
+            while not (last := [raw async for raw in self._reader.read(scope, after)]):
+                if time.monotonic() > end:
+                    break
+                await asyncio.sleep(_LOOK_AGAIN_S)
             if last and last[0].data == data and last[0].subject == subject:
                 return last[0].seq
             raise
@@ -267,7 +271,8 @@ class Log:
             if (state.seq if state else 0) >= through_seq:
                 return state
             if time.monotonic() > end:
-                raise Unavailable(trajectory_id, f"the log ends before sequence {through_seq}")
+                why = f"the log ends before sequence {through_seq}"
+                raise Unavailable(trajectory_id, why, refused=True)
             await asyncio.sleep(_LOOK_AGAIN_S)
 
     async def _fold(self, trajectory_id: str) -> Trajectory | None:

@@ -107,16 +107,23 @@ async def load_assets(bus: Bus, run: str, pointer: WeightsPointer) -> ModelAsset
 async def delete_versions(bus: Bus, run: str, keep: Collection[int]) -> list[int]:
     """Delete all versions but these, and the run's objects that none of these names; returns which.
 
-    For the one who publishes, between two publications: what is not yet pointed to would go too.
+    For the one who publishes, between two publications: what is not yet pointed to would go too. The newest of `keep`
+    is the one that comes, or the one before it.
     """
     named: set[str] = set()
     deleted = []
-    async for raw in store.messages(bus, "KV_policy", f"$KV.policy.{run}.*"):
-        pointer: WeightsPointer = decode(raw.data, WeightsPointer, raw.subject)
+    pointers: list[tuple[str, WeightsPointer]] = [
+        (raw.subject, decode(raw.data, WeightsPointer, raw.subject))
+        async for raw in store.messages(bus, "KV_policy", f"$KV.policy.{run}.*")
+    ]
+    newest = max((pointer.policy_version for _, pointer in pointers), default=-1)
+    if newest + 1 < max(keep):
+        return []  # who has answered is behind: what it does not know would seem to be named by nobody
+    for subject, pointer in pointers:
         if pointer.policy_version in keep:
             named |= {pointer.weights_sha256, pointer.assets_sha256, pointer.base_sha256}
         else:
-            await store.delete(bus, "policy", raw.subject.removeprefix("$KV.policy."))
+            await store.delete(bus, "policy", subject.removeprefix("$KV.policy."))
             deleted.append(pointer.policy_version)
     for found in await store.objects(bus, BUCKET, run) if deleted else ():
         if found.sha256 not in named:

@@ -24,7 +24,7 @@ ACK_WAIT_S = 5.0
 """A message whose holder gives no sign for so long is delivered again; holders give one every third of it."""
 
 _STREAM_NAME_IN_USE = 10058
-_TOO_FEW_SERVERS = frozenset({10005, 10074})
+_NO_CLUSTER, _TOO_FEW_SERVERS = 10074, 10005
 _NO_JETSTREAM = frozenset({None, 10039, 10076})
 """Nobody answers, or the server says so, of itself or of the account."""
 
@@ -66,11 +66,15 @@ async def _make(manager: JetStreamContext, config: StreamConfig) -> None:
             config.num_replicas = max(config.num_replicas or 1, known.num_replicas or 1)
             await manager.update_stream(config)
     except APIError as error:
-        if error.err_code in _TOO_FEW_SERVERS:
-            raise BusError(
-                f"nats.replicas = {config.num_replicas}: the server is no cluster of so many ({error.description}); "
+        if error.err_code in (_NO_CLUSTER, _TOO_FEW_SERVERS):
+            key = f"nats.replicas = {config.num_replicas}"
+            why = (
+                f"the server is no cluster of so many ({error.description}); "
                 "give the URLs of one, `--nats URL,URL,URL`, or set nats.replicas = 1"
-            ) from error
+            )
+            if error.err_code == _TOO_FEW_SERVERS:  # the others may come yet
+                raise Unavailable(key, why) from error
+            raise BusError(f"{key}: {why}") from error
         if error.err_code in STORE_FULL:
             raise Full(name, f"the server cannot set {config.max_bytes} bytes aside") from error
         raise
@@ -148,8 +152,12 @@ async def _provision(
 
 async def delete_consumers(bus: Bus, run: str) -> None:
     """Delete what `provision` made for a run; the streams are everyone's and stay. Raises BusError."""
-    with _translated(bus.url):
-        await _delete_consumers(bus, run)
+
+    async def delete() -> None:
+        with _translated(bus.url):
+            await _delete_consumers(bus, run)
+
+    await bus.patiently(delete)
 
 
 async def _delete_consumers(bus: Bus, run: str) -> None:

@@ -12,6 +12,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -30,7 +31,7 @@ log = structlog.get_logger()
 _CHUNK_BYTES = 512 << 10
 _CHUNKS_IN_FLIGHT = 8
 _UPLOAD_S = 60.0
-"""How long an upload is begun again when the server does not confirm it."""
+"""How long an upload is begun again after the server has not confirmed it once."""
 _AGAIN_S = 0.5
 
 _CLEARED = "KV-Operation"
@@ -181,7 +182,7 @@ async def put_object(bus: Bus, bucket: str, run: str, data: bytes) -> str:
     found = await _find(bus, bucket, run, sha256)
     if found is not None and await _is_whole(bus, bucket, found):
         return sha256
-    end = time.monotonic() + _UPLOAD_S
+    end = math.inf
     while True:
         upload = uuid.uuid4().hex
         chunks = [data[at : at + _CHUNK_BYTES] for at in range(0, len(data), _CHUNK_BYTES)]
@@ -191,6 +192,7 @@ async def put_object(bus: Bus, bucket: str, run: str, data: bytes) -> str:
             whole = await _is_whole(bus, bucket, made)
         except (Full, Unavailable) as error:
             waits = isinstance(error, Full) and bus.waits_when_full
+            end = min(end, time.monotonic() + _UPLOAD_S)
             if bus.closed.is_set() or not (waits or time.monotonic() < end):
                 raise
             log.warning("upload begun again", bucket=bucket, error=str(error))
@@ -286,7 +288,13 @@ async def delete_orphans(bus: Bus, bucket: str, older_s: float) -> int:
     now_s = timestamp_s(answer["ts"])
     uploads = answer["state"].get("subjects") or {}
     # read after the chunks: what was named in between is seen
-    named = {_chunks(bucket, each.upload) for each in await objects(bus, bucket)}
+    found = await objects(bus, bucket)
+    names = {_meta_subject(bucket, each.run, each.sha256) for each in found}
+    query = {"subjects_filter": f"$O.{bucket}.M.*"}
+    state = (await bus.ask(f"STREAM.INFO.{stream}", query))["state"]
+    if names != set(state.get("subjects") or ()):
+        return 0  # who answered is behind who leads, or a name comes or goes just now: next time
+    named = {_chunks(bucket, each.upload) for each in found}
     deleted = 0
     for subject in uploads.keys() - named:
         last = await _last(bus, stream, subject)

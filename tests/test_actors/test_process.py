@@ -13,7 +13,7 @@ from actors.process import Hops, Process
 from bus.connection import Bus
 from bus.dead import dead_letters
 from bus.embedded import EmbeddedServer
-from bus.errors import Missing
+from bus.errors import Missing, Unavailable
 from bus.log import Log
 from bus.work import open_queue, publish_work
 from schemas.events import Admitted, Event, Scored, Turn
@@ -272,6 +272,27 @@ async def test_a_server_that_goes_while_a_handler_asks_it_costs_no_failure(
         await until_turns(log, 1)
     assert len(actor.handled) == goes + 1
     assert await dead_letters(bus, log.run) == []
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_servers_that_choose_a_leader_cost_no_failure(
+    bus: Bus, log: Log, *, refused: bool
+) -> None:
+    """The link holds meanwhile, and nobody answers: no reason to put a hop aside. What a server refuses is one."""
+    failures = RECIPE.deadlines.handler_failures + 1
+
+    async def handle(state: Trajectory) -> None:
+        if len(actor.handled) <= failures:
+            raise Unavailable(state.id, "status 503", refused=refused)
+
+    actor = Says(handle)
+    async with serving(bus, log, actor):
+        await admit(bus, log)
+        if refused:
+            assert (await first_letter(bus, log.run)).code == "unconfirmed"
+        else:
+            await until_turns(log, 1)
+            assert await dead_letters(bus, log.run) == []
 
 
 class Scores(Says):

@@ -11,7 +11,7 @@ from bus.codec import encode
 from bus.connection import Bus
 from bus.embedded import EmbeddedServer
 from bus.errors import Conflict, Unavailable
-from bus.log import Log, Stored, open_log
+from bus.log import Log, Raw, Stored, open_log
 from schemas.events import Admitted, Expired, Scored, Step, Stepped, Turn
 from schemas.task import ChatMessage, PublicPart
 from schemas.tokens import Tokens
@@ -184,6 +184,23 @@ async def test_an_append_without_a_server_says_so(server: EmbeddedServer, bus: B
     server.stop()
     with pytest.raises(Unavailable, match=r"log\.test\.r\.paused"):
         await bus.store("log.test.r.paused", b"", deadline_s=0.5)
+
+
+async def test_our_own_first_try_is_found_by_who_is_behind(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader has it, and who answers has not yet: that nothing is there cannot be what a Conflict means."""
+    seq = await log.append(admitted(), 0)
+    batch = log._reader.batch
+    looks = 0
+
+    async def behind(subject: str, after: int) -> tuple[list[Raw], bool]:
+        nonlocal looks
+        looks += 1
+        return await batch(subject, after) if looks > 2 else ([], False)
+
+    monkeypatch.setattr(log._reader, "batch", behind)
+    assert await log.append(admitted(), 0) == seq
 
 
 async def test_a_reader_waits_for_what_is_known_to_be_stored(

@@ -264,6 +264,27 @@ async def test_old_versions_go_and_what_others_name_stays(bus: Bus) -> None:
     assert await store.delete_orphans(bus, "weights", older_s=0.0) == 0
 
 
+async def test_who_is_behind_deletes_no_version(bus: Bus) -> None:
+    """Of what its answers do not know nothing would be named: neither pointers nor weights go."""
+    for version in range(4):
+        await publish(bus, version, b"%d" % version)
+    assert await policy.delete_versions(bus, "test", {0, 5}) == []
+    assert await policy.delete_versions(bus, "test", {0, 4}) == [1, 2, 3]
+
+
+async def test_who_is_behind_deletes_no_chunks(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an object whose name it does not see, though who leads has it."""
+    name = await store.put_object(bus, "weights", "test", b"whole")
+
+    async def none(_bus: Bus, _bucket: str) -> list[store.Object]:
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "objects", none)
+        assert await store.delete_orphans(bus, "weights", older_s=0.0) == 0
+    assert await store.get_object(bus, "weights", "test", name) == b"whole"
+
+
 async def test_a_reader_that_comes_too_late_gets_the_newest(bus: Bus) -> None:
     """Between the pointer and the weights the version may go: the next one is there by then."""
     old = await publish(bus, 1, b"old")
