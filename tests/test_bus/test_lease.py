@@ -35,8 +35,11 @@ async def moved(bus: Bus, seq: int) -> int:
             await asyncio.sleep(0.05)
 
 
-async def test_a_holder_outlasts_a_server_that_does_not_answer(bus: Bus) -> None:
+async def test_a_holder_outlasts_a_server_that_does_not_answer(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its renewal was stored and not confirmed, and who holds the lease cannot be read now: it looks again."""
+    monkeypatch.setattr("bus.connection._ELECTION_S", 0.5)
     holder = lease(bus, "one")
     await holder.acquire()
     keeping = asyncio.create_task(holder.keep())
