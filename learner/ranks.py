@@ -12,6 +12,7 @@ watched by threads that no collective blocks, and its end is the end of the proc
 import hmac
 import os
 import secrets
+import select
 import signal
 import socket
 import struct
@@ -30,6 +31,7 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _ORDERS_TIMEOUT = timedelta(days=365)
 """Between two orders: groups may take as long as they like."""
 _JOIN_TIMEOUT_S = 60.0
+_LAST_WORD_S = 1.0
 _TOKEN_BYTES = 16
 _PORT = struct.Struct("!H")
 _BYE = b"bye"
@@ -92,9 +94,17 @@ class Ranks:
                 lifeline.shutdown(socket.SHUT_WR)
 
     def crash(self, why: str) -> NoReturn:
-        """End this process, another than rank 0; rank 0 says why and ends the rest."""
+        """End this process, another than rank 0; rank 0 says why and ends the rest.
+
+        When rank 0 has been killed, that is why, and this process ends as it did.
+        """
+        lifeline = self._lifelines[0]
+        with suppress(OSError):
+            select.select([lifeline], [], [], _LAST_WORD_S)
+            if not lifeline.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                os.kill(os.getpid(), signal.SIGKILL)
         with suppress(OSError):  # so has rank 0
-            self._lifelines[0].sendall(why.encode())
+            lifeline.sendall(why.encode())
         os._exit(1)
 
     def _hold(self) -> None:

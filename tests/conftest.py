@@ -68,8 +68,15 @@ def worker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("worker") / "node"
     shutil.copytree(here.parent / "examples" / "tool-worker-node", folder)
     shutil.copy(here / "tool_workers" / "odd_word_count.mjs", folder)
-    install = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"]
-    done = subprocess.run(install, cwd=folder, capture_output=True, text=True, timeout=100)
+    install = [
+        "npm",
+        "install",
+        "--no-audit",
+        "--no-fund",
+        "--no-package-lock",
+        "--fetch-retries=5",
+    ]
+    done = subprocess.run(install, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder
 

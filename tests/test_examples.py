@@ -132,9 +132,16 @@ async def test_analytics_in_javascript(run: Path, log: Log, tmp_path: Path) -> N
     folder.mkdir()
     for name in ("analytics.mjs", "package.json"):
         shutil.copy(EXAMPLES / name, folder)
-    install = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"]
+    install = [
+        "npm",
+        "install",
+        "--no-audit",
+        "--no-fund",
+        "--no-package-lock",
+        "--fetch-retries=5",
+    ]
     done = await asyncio.to_thread(
-        subprocess.run, install, cwd=folder, capture_output=True, text=True, timeout=100
+        subprocess.run, install, cwd=folder, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     script = str(folder / "analytics.mjs")

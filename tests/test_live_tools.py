@@ -193,12 +193,18 @@ def shout(folder: Path, word: str) -> str:
         f'''
 import asyncio
 
+from pathlib import Path
+
 from tools.tool import Context
+
+HELD = Path("{folder}", "{word} is held")
 
 
 async def shout(context: Context, text: str) -> str:
     """Say it louder."""
     await asyncio.sleep(1.0)
+    while HELD.exists():
+        await asyncio.sleep(0.05)
     return text.upper() + " {word}"
 '''
     )
@@ -221,7 +227,12 @@ async def test_a_tool_comes_is_replaced_and_goes(runs: Path, tmp_path: Path) -> 
         assert "may call shout@" in await run.say("tools", "add", RUN, shout(tmp_path, "one"))
         assert "already" in await run.say("tools", "add", RUN, shout(tmp_path, "one"))
         await run.until(lambda: shouted("one") > 4)
+        held = tmp_path / "one is held"
+        held.touch()
+        await asyncio.sleep(0.5)  # what had passed it has come
+        await run.until(lambda: len(run.called()) > len(run.results()))
         assert "instead of" in await run.say("tools", "add", RUN, shout(tmp_path, "two"))
+        held.unlink()
         await run.until(lambda: shouted("two") > 4)
         await run.say("tools", "remove", RUN, "shout")
 

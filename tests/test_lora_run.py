@@ -31,6 +31,7 @@ ARGUMENTS = [
     "--set", "cold_start.steps=20", "--set", "cold_start.batch_size=8",
     "--set", "learner.lora.rank=4", "--set", "learner.learning_rate=1e-2",
     "--set", f"learner.steps={STEPS}", "--set", "learner.checkpoint_every_steps=5",
+    "--set", "scorer.reward=stalling:in_its_time",
     "--set", "deadlines.hang_s=120", "--set", "deadlines.gen_s=120", "--set", "replicas.recorder=0",
 ]  # fmt: skip
 BESIDE = ["run", "learner", "--run", RUN, "--shadow", SHADOW]

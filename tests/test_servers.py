@@ -64,13 +64,8 @@ async def cluster(servers):
 
 async def stream_info(url: str, stream: str) -> dict[str, Any]:
     """Waits while the stream has no leader."""
-    async with connect(Endpoint(url=url), "test") as bus, asyncio.timeout(60):
-        while True:
-            answer = await bus.request(f"$JS.API.STREAM.INFO.{stream}", b"")
-            found: dict[str, Any] = json.loads(answer.data)
-            if "config" in found:
-                return found
-            await asyncio.sleep(0.2)
+    async with connect(Endpoint(url=url), "test") as bus:
+        return await bus.ask(f"STREAM.INFO.{stream}")
 
 
 def report(machine: Any, url: str) -> dict[str, Any]:

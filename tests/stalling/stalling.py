@@ -51,6 +51,12 @@ async def by_member(_task: TaskRow, trajectory: Trajectory, _run: Run) -> float:
     return float(TrajectoryId.parse(trajectory.id).member % 2)
 
 
+async def in_its_time(task: TaskRow, trajectory: Trajectory, run: Run) -> float:
+    """The same, half a second later: a run of some steps can be met while it is on."""
+    await asyncio.sleep(0.5)
+    return await by_member(task, trajectory, run)
+
+
 async def hangs_once(task: TaskRow, trajectory: Trajectory, run: Run) -> float:
     """The first to come waits for ever, and nothing but that: the process looks healthy."""
     marker = Path(os.environ["ACTORS_RUNS"]) / "hung"

@@ -137,11 +137,13 @@ async def test_one_that_ends_at_once_is_started_at_leisure(
         async with kept(server):
             before = starts(tmp_path / "nats")
             await asyncio.sleep(3.5)
-            assert 1 <= starts(tmp_path / "nats") - before <= 5
+            tried = starts(tmp_path / "nats") - before
+            assert 1 <= tried <= 5
             other.close()
             await answers(server)
     why = f"it ends as soon as it is started: see {tmp_path / 'nats' / 'nats.log'}"
-    assert troubles(said) == [why]
+    assert set(troubles(said)) == {why}
+    assert len(troubles(said)) <= max(1, tried - 1), "not each time"
 
 
 async def test_what_cannot_be_started_is_tried_again(
