@@ -237,9 +237,8 @@ class Hops:
                 log.warning("hop not confirmed", error=str(error))
                 again = True
                 # no room, or no server that answers: both are waited for, however long
-                waits = isinstance(error, Full | Unavailable) and not getattr(
-                    error, "refused", False
-                )
+                outage = isinstance(error, Unavailable) and not error.refused
+                waits = outage or isinstance(error, Full)
                 refusals = 0 if waits else refusals + 1
             await wait(process.stopping, _RETRY_DELAY_S)
         await delivery.give_back()
