@@ -1,7 +1,8 @@
 """Makes the streams, buckets and consumers. Nothing else does, so that no role needs the right to."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
@@ -95,12 +96,17 @@ async def provision(
     the limit, Unavailable, and BusError when there are not so many servers, or none has JetStream.
     """
     token(run, "the run's name")
+    await _managed(bus, partial(_provision, bus, run, tools, log_limit_bytes, replicas))
 
-    async def make() -> None:
+
+async def _managed(bus: Bus, do: Callable[[], Awaitable[None]]) -> None:
+    """Do what is harmless to do twice, as servers that choose a leader take it."""
+
+    async def once() -> None:
         with _translated(bus.url):
-            await _provision(bus, run, tools, log_limit_bytes, replicas)
+            await do()
 
-    await bus.patiently(make)
+    await bus.patiently(once)
 
 
 @contextmanager
@@ -152,12 +158,7 @@ async def _provision(
 
 async def delete_consumers(bus: Bus, run: str) -> None:
     """Delete what `provision` made for a run; the streams are everyone's and stay. Raises BusError."""
-
-    async def delete() -> None:
-        with _translated(bus.url):
-            await _delete_consumers(bus, run)
-
-    await bus.patiently(delete)
+    await _managed(bus, partial(_delete_consumers, bus, run))
 
 
 async def _delete_consumers(bus: Bus, run: str) -> None:

@@ -60,7 +60,28 @@ async def log(bus: Bus) -> AsyncIterator[Log]:
 
 
 @pytest.fixture(scope="session")
-def worker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def npm_install() -> Callable[[Path], None]:
+    """`npm_install(folder)`: the packages that its package.json names, from the network."""
+
+    def install(folder: Path) -> None:
+        command = [
+            "npm",
+            "install",
+            "--no-audit",
+            "--no-fund",
+            "--no-package-lock",
+            "--fetch-retries=5",
+        ]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    return install
+
+
+@pytest.fixture(scope="session")
+def worker_folder(
+    tmp_path_factory: pytest.TempPathFactory, npm_install: Callable[[Path], None]
+) -> Path:
     """examples/tool-worker-node with its packages, and a tool that also goes wrong."""
     if shutil.which("node") is None:
         pytest.skip("node is not installed: examples/tool-worker-node is not tested")
@@ -68,16 +89,7 @@ def worker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("worker") / "node"
     shutil.copytree(here.parent / "examples" / "tool-worker-node", folder)
     shutil.copy(here / "tool_workers" / "odd_word_count.mjs", folder)
-    install = [
-        "npm",
-        "install",
-        "--no-audit",
-        "--no-fund",
-        "--no-package-lock",
-        "--fetch-retries=5",
-    ]
-    done = subprocess.run(install, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    npm_install(folder)
     return folder
 
 

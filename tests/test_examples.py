@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -124,7 +125,9 @@ async def test_analytics_in_python(run: Path, log: Log) -> None:
     assert totals(output) == EXPECTED
 
 
-async def test_analytics_in_javascript(run: Path, log: Log, tmp_path: Path) -> None:
+async def test_analytics_in_javascript(
+    run: Path, log: Log, tmp_path: Path, npm_install: Callable[[Path], None]
+) -> None:
     """The same lines, with packages of npm at the versions that package.json names."""
     if shutil.which("node") is None:
         pytest.skip("node is not installed: examples/analytics.mjs is not tested")
@@ -132,18 +135,7 @@ async def test_analytics_in_javascript(run: Path, log: Log, tmp_path: Path) -> N
     folder.mkdir()
     for name in ("analytics.mjs", "package.json"):
         shutil.copy(EXAMPLES / name, folder)
-    install = [
-        "npm",
-        "install",
-        "--no-audit",
-        "--no-fund",
-        "--no-package-lock",
-        "--fetch-retries=5",
-    ]
-    done = await asyncio.to_thread(
-        subprocess.run, install, cwd=folder, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    await asyncio.to_thread(npm_install, folder)
     script = str(folder / "analytics.mjs")
     output = await watch(log, "node", script, str(run))
     assert totals(output) == EXPECTED

@@ -192,7 +192,6 @@ def shout(folder: Path, word: str) -> str:
     (folder / "shout.py").write_text(
         f'''
 import asyncio
-
 from pathlib import Path
 
 from tools.tool import Context

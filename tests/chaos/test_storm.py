@@ -13,7 +13,7 @@ from bench.storm import ROLES, Storm
 from bus import subjects
 from schemas.events import Stepped
 
-STEPS = 28
+STEPS = 40
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,7 +53,7 @@ async def test_a_model_learns_in_a_storm() -> None:
     assert report.balanced, report_text(report)
     assert not report.fates["failed"], "a kill is nobody's failure"
     assert rewards[0] < 0.4
-    assert sum(rewards[-5:]) / 5 > 0.7, "calm it is 0.87 by then"
+    assert sum(rewards[-5:]) / 5 > 0.85
 
 
 async def _until_it_has_met_all(storm: Storm, met_all: asyncio.Event) -> None:
