@@ -66,6 +66,13 @@ class Tail(msgspec.Struct, frozen=True, kw_only=True):
     """The last sequence of the log among them."""
 
 
+class Checked(NamedTuple):
+    """A run's archive that was read whole."""
+
+    tail: Tail
+    copied: stores.Copied
+
+
 class BadArchive(UserError):
     """A file that is no archive, or not a whole one."""
 
@@ -144,21 +151,24 @@ def _read_frame(file: BinaryIO) -> bytes:
     raise BadArchive("an archive that was cut short")
 
 
-def check_archive(path: Path, run: str) -> Tail:
-    """The tail of a run's archive that was read whole. Raises BadArchive."""
+def check_archive(path: Path, run: str) -> Checked:
+    """What a run's archive holds, read whole. Raises BadArchive."""
+    copied = stores.Copied(run)
     try:
         with path.open("rb") as file:
             last: Head | Kept | Tail | None = None
             for entry in read_archive(file):
                 if isinstance(entry, Head) and entry.run != run:
                     raise BadArchive(f"{path}: an archive of run {entry.run!r}")
+                if isinstance(entry, Kept):
+                    copied.add(entry.stream, entry.subject, entry.seq)
                 last = entry
     except OSError as error:
         raise BadArchive(f"{path}: {error.strerror}") from error
     except BadArchive as error:
         raise BadArchive(f"{path}: {error}") from error
     assert isinstance(last, Tail)
-    return last
+    return Checked(last, copied)
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -175,14 +185,9 @@ async def archive(run: str, folder: Path | None, nats_url: str, *, drop: bool, f
         if nats_url:
             await _refuse_live(bus, run)
         before = await _archived(log, may_drop=force or not drop)
-        if before is None:
-            tail = await _write(bus, run, path)
-        else:
-            tail = check_archive(path, run)
-            if before.sha256 != tail.sha256:
-                raise UserError(
-                    f"{path} is not the archive that the log names; --to says where it is"
-                )
+        tail, copied = await _write(bus, run, path) if before is None else check_archive(path, run)
+        if before is not None and before.sha256 != tail.sha256:
+            raise UserError(f"{path} is not the archive that the log names; --to says where it is")
         size_bytes = path.stat().st_size
         click.echo(f"{path}: {tail.messages} messages, {size_bytes} bytes, read back and equal")
         if drop:
@@ -191,7 +196,7 @@ async def archive(run: str, folder: Path | None, nats_url: str, *, drop: bool, f
                 deleted = await stores.delete_weights(provisioning, run)
                 if before is None:
                     await _note(log, tail)
-                deleted += await stores.delete(provisioning, run, tail.log_seq)
+                deleted += await copied.delete(provisioning)
             click.echo(f"run {run}: {deleted} messages deleted from the stores")
 
 
@@ -221,7 +226,7 @@ async def _archived(log: Log, *, may_drop: bool) -> Archived | None:
     return found
 
 
-async def _write(bus: Bus, run: str, path: Path) -> Tail:
+async def _write(bus: Bus, run: str, path: Path) -> Checked:
     """Write, sync, read back and compare; only then give the file its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
@@ -232,7 +237,8 @@ async def _write(bus: Bus, run: str, path: Path) -> Tail:
             async for stream, raw in stores.messages(bus, run):
                 writer.add(Kept(stream, raw.seq, raw.time_s, raw.subject, raw.data))
             tail = writer.close()
-        if check_archive(unfinished, run) != tail:
+        checked = check_archive(unfinished, run)
+        if checked.tail != tail:
             raise BadArchive(f"{unfinished} reads back as something else: nothing was deleted")
         unfinished.rename(path)
     except OSError as error:
@@ -241,7 +247,7 @@ async def _write(bus: Bus, run: str, path: Path) -> Tail:
     descriptor = os.open(path.parent, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    return tail
+    return checked
 
 
 async def _note(log: Log, tail: Tail) -> None:

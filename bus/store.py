@@ -153,6 +153,11 @@ def _meta_subject(bucket: str, run: str, sha256: str) -> str:
     return f"$O.{bucket}.M.{name}"
 
 
+def name_subject(bucket: str, found: Object) -> str:
+    """Where the message lies that makes an object of chunks."""
+    return _meta_subject(bucket, found.run, found.sha256)
+
+
 def _object(data: bytes) -> Object:
     meta = json.loads(data)
     run, _, sha256 = meta["name"].rpartition(".")
@@ -256,25 +261,26 @@ async def objects(bus: Bus, bucket: str, run: str = "") -> list[Object]:
 
 
 async def object_messages(bus: Bus, bucket: str, found: Object) -> AsyncIterator[Raw]:
-    """What an object is made of: its chunks, then the message that names them."""
-    for subject in (
-        _chunks(bucket, found.upload),
-        _meta_subject(bucket, found.run, found.sha256),
-    ):
-        async for raw in messages(bus, f"OBJ_{bucket}", subject):
+    """What an object is made of: its chunks, then the message that names them; nothing when chunks are missing."""
+    stream = f"OBJ_{bucket}"
+    chunks = [raw async for raw in messages(bus, stream, _chunks(bucket, found.upload))]
+    if len(chunks) == found.chunks:
+        for raw in chunks:
+            yield raw
+        async for raw in messages(bus, stream, name_subject(bucket, found)):
             yield raw
 
 
 async def delete_object(bus: Bus, bucket: str, found: Object) -> None:
     """Remove an object: its name first, so that no reader begins on what is going."""
-    await clear(bus, _meta_subject(bucket, found.run, found.sha256))
+    await clear(bus, name_subject(bucket, found))
     await clear(bus, _chunks(bucket, found.upload))
 
 
 async def purge_object(bus: Bus, bucket: str, found: Object) -> int:
     """The same, for who manages streams; returns how many messages went."""
     stream = f"OBJ_{bucket}"
-    named = await purge(bus, stream, _meta_subject(bucket, found.run, found.sha256))
+    named = await purge(bus, stream, name_subject(bucket, found))
     return named + await purge(bus, stream, _chunks(bucket, found.upload))
 
 
@@ -289,7 +295,7 @@ async def delete_orphans(bus: Bus, bucket: str, older_s: float) -> int:
     uploads = answer["state"].get("subjects") or {}
     # read after the chunks: what was named in between is seen
     found = await objects(bus, bucket)
-    names = {_meta_subject(bucket, each.run, each.sha256) for each in found}
+    names = {name_subject(bucket, each) for each in found}
     query = {"subjects_filter": f"$O.{bucket}.M.*"}
     state = (await bus.ask(f"STREAM.INFO.{stream}", query))["state"]
     if names != set(state.get("subjects") or ()):

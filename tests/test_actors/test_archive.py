@@ -122,7 +122,7 @@ async def test_a_copy_alone_deletes_nothing(at_home: AtHome) -> None:
         before = await held(bus, "test")
     await archive("test", None, "", drop=False, force=False)
     path = run_folder.RunFolder("test").path / "test.archive"
-    assert check_archive(path, "test").messages > 2 * TRAJECTORIES
+    assert check_archive(path, "test").tail.messages > 2 * TRAJECTORIES
     async with at_home() as (bus, log):
         assert await held(bus, "test") == before | {"LOG": before["LOG"] + 1}
 
@@ -205,7 +205,7 @@ async def test_a_deletion_that_was_cut_short_goes_on_from_the_file(at_home: AtHo
         await log.append_run(Ended(reason="all steps done"))
     await archive("test", None, "", drop=False, force=False)
     path = run_folder.RunFolder("test").path / "test.archive"
-    tail = check_archive(path, "test")
+    tail = check_archive(path, "test").tail
     async with at_home() as (bus, log):
         await log.append_run(
             Archived(messages=tail.messages, sha256=tail.sha256, log_seq=tail.log_seq)
@@ -222,6 +222,35 @@ async def test_a_deletion_that_was_cut_short_goes_on_from_the_file(at_home: AtHo
     assert path.read_bytes() == whole
     async with at_home() as (bus, log):
         assert (await held(bus, "test"))["KV_private"] == 0
+
+
+async def test_what_the_file_does_not_hold_is_not_deleted(at_home: AtHome) -> None:
+    """What a server that was behind has not given, say: of every stream that is copied."""
+    async with at_home() as (bus, log):
+        await fill(bus, log)
+        await log.append_run(Ended(reason="all steps done"))
+    await archive("test", None, "", drop=False, force=False)
+    tail = check_archive(run_folder.RunFolder("test").path / "test.archive", "test").tail
+    async with at_home() as (bus, log):
+        await log.append_run(
+            Archived(messages=tail.messages, sha256=tail.sha256, log_seq=tail.log_seq)
+        )
+        late = Admitted(
+            trajectory="g1-0-0", task="t", public=PublicPart(messages=[]), private_key="g1"
+        )
+        await log.append(late, 0)
+        await private.put_private(bus, "test", "g1", {"answer": 43})
+        await publish_dead(bus, DeadLetter(stage="tool", run="test", error="e", payload=b"q"))
+        blob = await blobs.put_blob(bus, "test", b"late")
+        await store.put(bus, "policy", "test.v1", b"late")
+    await archive("test", None, "", drop=True, force=False)
+    async with at_home() as (bus, log):
+        left = await held(bus, "test")
+        assert (left["KV_private"], left["DEAD"], left["KV_policy"], left["blobs"]) == (1, 1, 1, 1)
+        assert await log.trajectory("g1-0-0") is not None
+        assert await log.trajectory("g0-0-0") is None
+        assert await private.get_private(bus, "test", "g1") == {"answer": 43}
+        assert await blobs.get_blob(bus, "test", blob) == b"late"
 
 
 # -- the file --------------------------------------------------------------------------------------
