@@ -5,7 +5,8 @@ after all of them. Where VerlTool takes all blocks of an action, or the last, so
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from textwrap import dedent
 from typing import Any
 
@@ -28,10 +29,11 @@ ALIASES = {
 }
 """VerlTool's names of what has another name here."""
 
-_CODE = re.compile(r"```\n?(?:python3?|py)\b(.*?)```", re.DOTALL)
-_SHELL = re.compile(r"```\s*(?:bash|shell|sh|terminal)\b(.*?)```", re.DOTALL)
-_STDIN = re.compile(r"```input\n(.*?)\n```", re.DOTALL)
-_QUERY = re.compile(r"```search\b(.*?)```|^(?:search|google):(.*)$", re.DOTALL | re.MULTILINE)
+_CODE = re.compile(r"```\n?(?:python3?|py)\b")
+_SHELL = re.compile(r"```\s*(?:bash|shell|sh|terminal)\b")
+_STDIN = re.compile(r"```input\n")
+_QUERY = re.compile(r"```search\b")
+_QUERY_LINE = re.compile(r"^(?:search|google):", re.MULTILINE)
 _OPENED = re.compile(r"<(output|result|o)>\Z")
 _FINAL = {"sql": "solution", "search": "answer", "web_search": "answer"}
 """Tags that hold a final answer, by the tool that knows them."""
@@ -61,7 +63,7 @@ class Actions(CallFormat):
                 continue
             found = self.functions.bare(function.name, body)
             if isinstance(found, Call) and function.name in PYTHON:
-                found = with_stdin(found, _last(_STDIN, text))
+                found = with_stdin(found, _last(_STDIN, "\n```", text))
             return [found]
         return self._json.read(text)
 
@@ -111,29 +113,46 @@ def prepared(call: Call, extra: Mapping[str, Any]) -> Call:
 
 def _tagged(tag: str) -> Callable[[str], str | None]:
     """The last body between such tags."""
-    pattern = re.compile(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", re.DOTALL)
-    return lambda text: _last(pattern, text)
+    opening, closing = _tag(tag)
+    return lambda text: _last(opening, closing, text)
 
 
-def _last(pattern: re.Pattern[str], text: str) -> str | None:
-    found = pattern.findall(text)
+def _tag(name: str) -> tuple[re.Pattern[str], str]:
+    """How it opens, and how it closes."""
+    return re.compile(re.escape(f"<{name}>")), f"</{name}>"
+
+
+def _between(opening: re.Pattern[str], closing: str, text: str) -> Iterator[tuple[int, str]]:
+    """Where something opens, and what it holds until it closes. Each character is looked at twice at most."""
+    end = 0
+    while (begun := opening.search(text, end)) and (at := text.find(closing, begun.end())) >= 0:
+        yield begun.start(), text[begun.end() : at]
+        end = at + len(closing)
+
+
+def _last(opening: re.Pattern[str], closing: str, text: str) -> str | None:
+    found = [body for _, body in _between(opening, closing, text)]
     return found[-1].strip() if found else None
 
 
 def _blocks(tag: str, fence: re.Pattern[str]) -> Callable[[str], str | None]:
     """All bodies between tags, else all of fenced blocks, a line's end between them."""
-    pattern = re.compile(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", re.DOTALL)
+    opening, closing = _tag(tag)
 
     def find(text: str) -> str | None:
-        found = pattern.findall(text) or fence.findall(text)
-        return "\n".join(dedent(body).strip() for body in found) if found else None
+        found = [*_between(opening, closing, text)] or [*_between(fence, "```", text)]
+        return "\n".join(dedent(body).strip() for _, body in found) if found else None
 
     return find
 
 
 def _web_query(text: str) -> str | None:
-    found = re.search(r"<search>(.*?)</search>", text, re.DOTALL) or _QUERY.search(text)
-    return "".join(group or "" for group in found.groups()).strip() if found else None
+    found = [*islice(_between(*_tag("search"), text), 1)]
+    if not found:
+        found += islice(_between(_QUERY, "```", text), 1)
+        if line := _QUERY_LINE.search(text):
+            found.append((line.start(), text[line.end() :]))
+    return min(found)[1].strip() if found else None
 
 
 _python = _blocks("python", _CODE)

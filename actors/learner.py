@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from learner.groups import refusal, turn_rewards, zero_variance
+from learner.groups import outcome, refusal, zero_variance
 from schemas.events import (
     Admitted,
     AnyEvent,
@@ -224,7 +224,8 @@ class Planner:
 
         None after the last step: then the dispatcher closes what is left, and no group may be ended twice.
         """
-        if self.step >= self._recipe.learner.steps:
+        learner = self._recipe.learner
+        if self.step >= learner.steps:
             return []
         if policy_version != self._checked_version:
             self._checked_version = policy_version
@@ -240,9 +241,8 @@ class Planner:
                 reason = "stale"
             else:
                 rewards = [member.reward or 0.0 for member in members]
-                turns_count = self._recipe.learner.advantage.credit != "trajectory"
-                by_turn = [turn_rewards(member) for member in members if turns_count]
-                reason = refusal(rewards, self._recipe.learner.filter, by_turn)
+                outcomes = [outcome(member, learner.advantage) for member in members]
+                reason = refusal(rewards, learner.filter, outcomes)
             if reason is None:
                 self._checked.add(name)
             else:
@@ -322,7 +322,8 @@ def step_metrics(batch: Batch) -> dict[str, float]:
     count = len(members)
     mean = sum(rewards) / count
     version = batch.step.start_version
-    ages = [version - oldest_version([member]) for member in trained]
+    # whoever found no room for a token has none
+    ages = [version - oldest_version([m]) for m in trained if m.tokens.oldest_version is not None]
     return {
         "reward_mean": mean,
         "reward_std": (sum((reward - mean) ** 2 for reward in rewards) / count) ** 0.5,
@@ -332,6 +333,6 @@ def step_metrics(batch: Batch) -> dict[str, float]:
         "truncated_fraction": sum(m.turns[-1].finish_reason == "length" for m in members) / count,
         "zero_variance_fraction": _without_variance(batch.filtered) / count,
         "filtered_fraction": len(batch.filtered) / count,
-        "staleness_mean": sum(ages) / len(ages),
-        "staleness_max": max(ages),
+        "staleness_mean": sum(ages) / max(1, len(ages)),
+        "staleness_max": max(ages, default=0),
     }

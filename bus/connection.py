@@ -4,13 +4,15 @@ What nats-py 2.16 does that this file answers: a server that hangs with unsent d
 watchdog aborts the transport); exhausted reconnects close in silence (735: `closed` is set and every wait here ends);
 `publish_async` loses errors and `flush()` proves nothing (985: every durable publish is a request of its own); what a
 role may not do is told to a callback only (595), and what was asked over a link that is lost waits for its answer all
-the same (here whoever waits is told at once: see waits.py).
+the same (here whoever waits is told at once: see waits.py); a subject that is no text ends the link, and inboxes can be
+guessed (see `_Client`).
 """
 
 import asyncio
 import json
 import math
 import re
+import secrets
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
@@ -19,12 +21,13 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import msgspec
-import nats
+import nats.errors
 import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
-from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
+from nats.js.errors import APIError, ServiceUnavailableError
+from nats.nuid import NUID
 
 from bus.errors import BusError, Conflict, Full, TooLarge, Unavailable, Unreachable
 from bus.permissions import api, covers, inbox
@@ -35,7 +38,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 Message = Msg
-"""What callbacks get."""
+"""What callbacks get. What stands in its headers or its subject, anyone may have written who may publish there."""
 
 WRONG_LAST_SEQUENCE = 10071
 STORE_FULL = frozenset({10077, 10002, 10023, 10047})
@@ -122,6 +125,40 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return options
 
 
+class _Unguessable(NUID):
+    """Others count: who sees one reply subject, as every reader of the log does, would know the next."""
+
+    def next(self) -> bytearray:
+        """22 characters, as a NUID has."""
+        return bytearray(secrets.token_hex(11), "ascii")
+
+
+class _Client(Client):
+    """nats-py's, for subjects and headers that others have chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._nuid = _Unguessable()
+
+    def _build_message(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
+    ) -> Msg:
+        return Msg(
+            _client=self,
+            subject=subject.decode(errors="replace"),
+            reply=reply.decode(errors="replace"),
+            data=data,
+            headers=headers,
+            _sid=sid,
+        )
+
+    async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
+        try:
+            return await super()._process_headers(headers)
+        except UnicodeDecodeError:  # a status line that is no text: the other lines count
+            return self._parse_header_lines(headers)
+
+
 class Bus:
     """A connection to NATS; everything else in this package goes through one."""
 
@@ -139,7 +176,6 @@ class Bus:
         """Whether `store` goes on for as long as a stream is full: for those whose work would be lost otherwise."""
         self.full_s = -math.inf
         """When a stream was last found full (monotonic seconds)."""
-        self._jetstream = client.jetstream(timeout=_PUBLISH_TIMEOUT_S)
 
     def _check_size(self, subject: str, data: bytes, headers: dict[str, str] | None = None) -> None:
         """Raises TooLarge. Checked here: for headers beyond the limit, too, the server would cut the link."""
@@ -175,9 +211,7 @@ class Bus:
         attempt = 0
         while True:
             try:
-                with self.answer_to(subject):
-                    ack = await self._jetstream.publish(subject, data, headers=headers)
-                return int(ack.seq)
+                return await self._store_once(subject, data, headers)
             except APIError as error:
                 if error.err_code == WRONG_LAST_SEQUENCE:
                     expected = (headers or {}).get("Nats-Expected-Last-Subject-Sequence", "0")
@@ -187,7 +221,7 @@ class Bus:
                 if not isinstance(error, ServiceUnavailableError) and not again:
                     raise Unavailable(subject, str(error), refused=True) from error
                 failure: BusError = (Full if full else Unavailable)(subject, str(error))
-            except (NatsError, TimeoutError, NoStreamResponseError) as error:
+            except (NatsError, TimeoutError) as error:
                 failure = Unavailable(subject, repr(error))
             now = time.monotonic()
             if isinstance(failure, Full):
@@ -201,6 +235,23 @@ class Bus:
                 raise failure
             await asyncio.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
             attempt += 1
+
+    async def _store_once(self, subject: str, data: bytes, headers: dict[str, str] | None) -> int:
+        """Raises what nats-py raises."""
+        with self.answer_to(subject):
+            answer = await self.client.request(
+                subject, data, timeout=_PUBLISH_TIMEOUT_S, headers=headers
+            )
+        confirmed = {}
+        # who reads the subject sees where its confirmation goes, and may have the server send something else there
+        if not answer.headers and not answer.reply:
+            with suppress(ValueError):
+                confirmed = json.loads(answer.data)
+        if "error" in confirmed:
+            raise APIError.from_error(confirmed["error"])
+        if "seq" not in confirmed:
+            raise NatsError("answered by what is no confirmation")
+        return int(confirmed["seq"])
 
     async def request(self, subject: str, data: bytes, timeout_s: float = 3.0) -> Message:
         """Ask and wait for the one answer. Raises Denied, TooLarge, Unavailable."""
@@ -337,12 +388,13 @@ async def connect(endpoint: Endpoint, name: str) -> AsyncIterator[Bus]:
 
     try:
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-            client = await nats.connect(
+            client = _Client()
+            await client.connect(
                 endpoint.url.split(","),
                 name=name,
                 **endpoint.options(),
                 max_reconnect_attempts=-1,
-                reconnect_time_wait=0.25,
+                reconnect_time_wait=0.25,  # type: ignore[arg-type]  # it sleeps for so long
                 connect_timeout=2,
                 ping_interval=5,
                 max_outstanding_pings=2,

@@ -75,6 +75,11 @@ def timestamp_s(stamp: str) -> float:
     return datetime.fromisoformat(f"{whole}.{fraction[:6].ljust(6, '0')}+00:00").timestamp()
 
 
+def is_stored(message: Message) -> bool:
+    """Whether a direct get has answered with a message, whatever its own headers are, and not with a status."""
+    return "Nats-Sequence" in (message.headers or ())  # the server's own: it replaces any other
+
+
 def raw_message(message: Message) -> Raw:
     """The stored message that a direct get has answered with."""
     headers = message.headers or {}
@@ -114,18 +119,18 @@ class StreamReader:
                 while True:
                     async with asyncio.timeout(_ANSWER_S):
                         message = await answers.get()
+                    if is_stored(message):
+                        found.append(raw_message(message))
+                        continue
                     headers = message.headers or {}
                     status = headers.get("Status")
-                    if status is None:
-                        found.append(raw_message(message))
-                    elif status == "204":
+                    if status == "204":
                         return found, int(headers.get("Nats-Num-Pending", "0")) > 0
-                    elif status == "404":
+                    if status == "404":
                         return found, False
-                    elif status == "503":
+                    if status == "503":
                         raise Unavailable(subject, "no server answers for such a stream")
-                    else:
-                        raise Unavailable(subject, f"status {status}", refused=True)
+                    raise Unavailable(subject, f"status {status}", refused=True)
         except (NatsError, TimeoutError) as error:
             if found:
                 return found, True

@@ -24,7 +24,7 @@ import structlog
 
 from bus.connection import Bus, Message
 from bus.errors import Corrupt, Full, Missing, Unavailable
-from bus.log import Raw, open_reader, raw_message, timestamp_s
+from bus.log import Raw, is_stored, open_reader, raw_message, timestamp_s
 
 log = structlog.get_logger()
 
@@ -34,6 +34,7 @@ _UPLOAD_S = 60.0
 """How long an upload is begun again after the server has not confirmed it once."""
 _AGAIN_S = 0.5
 
+_REPLACES = {"Nats-Rollup": "sub"}
 _CLEARED = "KV-Operation"
 """The header of a message that stands for none; NATS's own."""
 
@@ -52,8 +53,7 @@ class Value(NamedTuple):
 async def _last(bus: Bus, stream: str, subject: str) -> Message | None:
     read = partial(bus.request, f"$JS.API.DIRECT.GET.{stream}.{subject}", b"")
     message = await bus.patiently(read)
-    headers = message.headers or {}
-    return None if headers.get("Status") or _CLEARED in headers else message
+    return message if is_stored(message) and _CLEARED not in (message.headers or ()) else None
 
 
 async def purge(bus: Bus, stream: str, subject: str, *, through_seq: int = 0) -> int:
@@ -70,7 +70,9 @@ async def clear(bus: Bus, subject: str) -> None:
     For whoever may publish there; `purge` takes the right to manage the stream. Tried once: no wait for room helps what
     is to make room. Raises Full, Unavailable.
     """
-    headers = {"Nats-Rollup": "sub", "Nats-TTL": "1s", _CLEARED: "PURGE"}
+    headers = {"Nats-TTL": "1s", _CLEARED: "PURGE"}
+    if subject.startswith("$O."):  # a key has room for one message
+        headers |= _REPLACES
     await bus.store(subject, b"", headers, deadline_s=0.0)
 
 
@@ -220,9 +222,6 @@ async def _send(bus: Bus, subject: str, chunks: list[bytes]) -> None:
         for outcome in sent:
             if isinstance(outcome, BaseException):
                 raise outcome
-
-
-_REPLACES = {"Nats-Rollup": "sub"}
 
 
 def _meta(bucket: str, made: Object) -> bytes:

@@ -18,7 +18,7 @@ let [kind, seq, minute, rewards, calls] = ["", 0, "", [], 0];
 while (kind !== "ended") {
   const query = { seq: seq + 1, next_by_subj: `log.${basename(folder)}.>` };
   const message = await client.request("$JS.API.DIRECT.GET.LOG", JSON.stringify(query));
-  if (message.headers.code) { // 404: that was all until now
+  if (!message.headers.has("Nats-Sequence")) { // status 404: that was all until now
     await setTimeout(500);
     continue;
   }

@@ -25,7 +25,7 @@ async def main(folder: Path) -> None:
     while kind != "ended":
         query = json.dumps({"seq": seq + 1, "next_by_subj": f"log.{folder.name}.>"}).encode()
         message = await client.request("$JS.API.DIRECT.GET.LOG", query)
-        if "Status" in message.headers:  # 404: that was all until now
+        if "Nats-Sequence" not in message.headers:  # status 404: that was all until now
             await asyncio.sleep(0.5)
             continue
         seq, time = int(message.headers["Nats-Sequence"]), message.headers["Nats-Time-Stamp"]

@@ -192,10 +192,16 @@ def _by_group(shaped: _Shaped, plan: algorithm.Advantage) -> FloatArray:
         [reward - shaped.penalties_N[places].sum() for _, reward, places in shaped.members()],
         np.float32,
     )
+    samples = [sample for group in shaped.groups for sample in group]
+    compared = penalised_B
+    if plan.credit == "turns":
+        compared = np.concatenate(_returns(samples, penalised_B, plan.discount) or [compared])
+    elif plan.credit == "anchors":
+        compared = _whole(samples, penalised_B)
+    estimator = _estimator(plan, compared)
     for group in shaped.groups:
         rewards_G = penalised_B[first : first + len(group)]
         first += len(group)
-        estimator = _estimator(plan, penalised_B)
         lengths_G = np.array([sample.sampled_count for sample in group])
         if plan.credit == "trajectory":
             found.append(np.repeat(estimator(rewards_G, lengths_G), lengths_G))
@@ -206,6 +212,22 @@ def _by_group(shaped: _Shaped, plan: algorithm.Advantage) -> FloatArray:
         for sample, advantages_U in zip(members, turns, strict=True):
             found.append(np.repeat(advantages_U, [end - begin for begin, end in sample.turn_spans]))
     return np.concatenate(found)
+
+
+def _returns(members: Sequence[Sample], rewards_G: FloatArray, discount: float) -> list[FloatArray]:
+    """Of each member, by turn."""
+    return [
+        credit.turn_returns(_turn_rewards(sample, float(reward)), discount)
+        for sample, reward in zip(members, rewards_G, strict=True)
+        if sample.turn_spans
+    ]
+
+
+def _whole(members: Sequence[Sample], rewards_G: FloatArray) -> FloatArray:
+    """Of each member, what it got in all."""
+    earned = [sum(sample.turn_rewards) for sample in members]
+    whole_G: FloatArray = rewards_G + np.array(earned, np.float32)
+    return whole_G
 
 
 def _estimator(plan: algorithm.Advantage, rewards_B: FloatArray) -> credit.Estimator:
@@ -230,14 +252,11 @@ def _by_turn(
     estimator: credit.Estimator,
 ) -> list[FloatArray]:
     """By turn of each member, as `plan.credit` says."""
-    returns_GU = [
-        credit.turn_returns(_turn_rewards(sample, float(reward)), plan.discount)
-        for sample, reward in zip(members, rewards_G, strict=True)
-    ]
+    returns_GU = _returns(members, rewards_G, plan.discount)
     lengths_G = np.array([sample.sampled_count for sample in members])
     if plan.credit == "turns":
         return credit.by_turn(returns_GU, lengths_G, estimator)
-    whole_G = estimator(rewards_G, lengths_G)
+    whole_G = estimator(_whole(members, rewards_G), lengths_G)
     states_GU = [list(_states(sample)) for sample in members]
     steps_GU = credit.by_anchor(returns_GU, states_GU, scale=plan.scale == "group")
     return [

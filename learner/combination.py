@@ -112,7 +112,24 @@ def _out_of_bounds(recipe: Recipe) -> Iterator[Contradiction]:
         yield Contradiction("advantage.overlong_tokens", "must be below policy.max_tokens")
     if learner.updates_per_step > learner.groups_per_step:
         yield Contradiction("updates_per_step", "must not be above learner.groups_per_step")
+    yield from _never_met(learner)
     yield from _several(learner)
+
+
+def _never_met(learner: Learner) -> Iterator[Contradiction]:
+    """Bounds of a token's ratio beyond those outside of which no token is kept."""
+    loss, plan, default = learner.loss, learner.correction, Learner().loss
+    if plan.token != "mask" or plan.proximal != "behaviour":
+        return
+    clips, caps = loss.method == "clip", loss.method in ("clip", "cispo")
+    above = f"no token with a ratio above correction.ratio_max = {plan.ratio_max:g} is kept"
+    below = f"no token with a ratio below correction.ratio_min = {plan.ratio_min:g} is kept"
+    if clips and loss.dual_clip >= plan.ratio_max:
+        yield Contradiction("loss.dual_clip", f"{above}: raise that, or leave it out")
+    if caps and loss.clip_high != default.clip_high and 1 + loss.clip_high >= plan.ratio_max:
+        yield Contradiction("loss.clip_high", f"{above}: raise that, or lower it")
+    if clips and loss.clip_low != default.clip_low and 1 - loss.clip_low <= plan.ratio_min:
+        yield Contradiction("loss.clip_low", f"{below}: lower that, or this")
 
 
 def _several(learner: Learner) -> Iterator[Contradiction]:

@@ -18,6 +18,8 @@ import math
 
 import torch
 
+from learner.losses import per_trajectory
+
 
 def token_mask(gap_K: torch.Tensor, low: float, high: float) -> torch.Tensor:
     """Which tokens are kept: low <= exp(gap) <= high. Not a number is not kept."""
@@ -29,14 +31,14 @@ def geometric_gate(
     gap_K: torch.Tensor, lengths_S: torch.Tensor, low: float, high: float
 ) -> torch.Tensor:
     """Which tokens belong to a trajectory with low <= exp(mean(gap)) <= high."""
-    return _gate(torch.segment_reduce(gap_K, "mean", lengths=lengths_S), lengths_S, low, high)
+    return _gate(per_trajectory(gap_K, "mean", lengths_S), lengths_S, low, high)
 
 
 def product_gate(
     gap_K: torch.Tensor, lengths_S: torch.Tensor, low: float, high: float
 ) -> torch.Tensor:
     """Which tokens belong to a trajectory with low <= exp(sum(gap)) <= high."""
-    return _gate(torch.segment_reduce(gap_K, "sum", lengths=lengths_S), lengths_S, low, high)
+    return _gate(per_trajectory(gap_K, "sum", lengths_S), lengths_S, low, high)
 
 
 def _gate(gap_S: torch.Tensor, lengths_S: torch.Tensor, low: float, high: float) -> torch.Tensor:

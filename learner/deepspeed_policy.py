@@ -204,6 +204,8 @@ class DeepSpeedPolicy(Policy):
         """Every rank has the value head whole; it is small."""
         parameters = dict(head.named_parameters())
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        if not gradients:
+            return  # demonstrations teach it nothing
         for name, gradient in self._summed(gradients).items():
             parameters[name].grad = (gradient / self._ranks.count).to(parameters[name])
         torch.nn.utils.clip_grad_norm_(head.parameters(), self.config.learner.max_grad_norm)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from schemas.algorithm import Filter
+from schemas.algorithm import Advantage, Filter
 from schemas.trajectory import Trajectory
 
 _TURN = re.compile(r"turn_(0|[1-9][0-9]{0,3})\Z")
@@ -16,20 +16,39 @@ def zero_variance(rewards: Sequence[object]) -> bool:
 
 
 def refusal(
-    rewards: Sequence[float], rules: Filter, by_turn: Sequence[tuple[float, ...]] = ()
+    rewards: Sequence[float], rules: Filter, outcomes: Sequence[tuple[float, ...]] = ()
 ) -> Literal["zero_variance", "range"] | None:
     """Why the recipe leaves a group with these rewards out; None when it is trained.
 
     The dynamic sampling of DAPO, section 3.2, arXiv:2503.14476; the range also takes out what is too easy or too hard.
-    `by_turn`: what each member's turns got, where advantages are of turns; then these must be equal as well.
+    `outcomes`: of each member, where advantages depend on more than the reward.
     """
-    if rules.zero_variance and zero_variance(rewards) and zero_variance(by_turn):
+    if rules.zero_variance and zero_variance(outcomes or rewards):
         return "zero_variance"
     if rules.mean_reward:
         least, most = rules.mean_reward
         if not least <= sum(rewards) / len(rewards) <= most:
             return "range"
     return None
+
+
+def outcome(trajectory: Trajectory, plan: Advantage) -> tuple[float, ...]:
+    """What an estimator compares a member by: the reward, or what was got by turn, or the returns from each turn on."""
+    reward, earned = trajectory.reward or 0.0, turn_rewards(trajectory)
+    if plan.estimator in ("gae", "reinforce++"):
+        return (reward, *earned)
+    if plan.credit == "trajectory":
+        return (reward,)
+    rewards_U = [0.0] * max(1, trajectory.turn_count)
+    for turn, value in enumerate(earned):
+        rewards_U[min(turn, len(rewards_U) - 1)] += value
+    rewards_U[-1] += reward
+    returns: list[float] = []  # from the last turn on
+    for value in reversed(rewards_U):
+        returns.append(value + (plan.discount * returns[-1] if returns else 0.0))
+    # a member that ended earlier stands in with its last turn
+    ended = next((k for k, value in enumerate(returns) if value != returns[0]), len(returns))
+    return tuple(returns[max(0, ended - 1) :])
 
 
 def turn_rewards(trajectory: Trajectory) -> tuple[float, ...]:

@@ -57,6 +57,14 @@ def clip(
     return TokenLosses(-surrogate_K, clipped_K)
 
 
+def per_trajectory(
+    values_K: torch.Tensor, reduce: Literal["mean", "sum"], lengths_S: torch.Tensor
+) -> torch.Tensor:
+    """The mean or the sum over each trajectory's tokens, which lie side by side."""
+    # unchecked: several ranks share micro-batches out, and one may get no trajectory, which torch calls an error
+    return torch.segment_reduce(values_K, reduce, lengths=lengths_S, unsafe=True)
+
+
 def sequence_log_ratio(log_ratio_K: torch.Tensor, lengths_S: torch.Tensor) -> torch.Tensor:
     """The trajectory's ratio at each of its tokens: GSPO-token, arXiv:2507.18071, section 4.3.
 
@@ -66,7 +74,7 @@ def sequence_log_ratio(log_ratio_K: torch.Tensor, lengths_S: torch.Tensor) -> to
     In value s; the gradient of the mean over the trajectory is that of s itself (GSPO, eq. 5). `lengths_S` are the
     tokens of each trajectory, which lie side by side.
     """
-    mean_S = torch.segment_reduce(log_ratio_K.detach(), "mean", lengths=lengths_S)
+    mean_S = per_trajectory(log_ratio_K.detach(), "mean", lengths_S)
     mean_K = mean_S.repeat_interleave(lengths_S, output_size=len(log_ratio_K))
     return mean_K + (log_ratio_K - log_ratio_K.detach())
 

@@ -80,6 +80,9 @@ def recompute_layers(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # itself, which asks for it, but nothing in it: no dropout
+            for name, value in vars(module).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
 
 
 def fastest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

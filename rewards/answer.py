@@ -4,8 +4,8 @@ import re
 
 from schemas.trajectory import Trajectory
 
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_BOXED = "\\boxed{"
+_OPENING, _CLOSING = "<answer>", "</answer>"
+_BRACE = re.compile(r"(?:\\boxed)?\{|\}")
 
 
 def finished_answer(trajectory: Trajectory) -> str | None:
@@ -17,18 +17,22 @@ def finished_answer(trajectory: Trajectory) -> str | None:
 
 def tagged_answer(text: str) -> str | None:
     """What is inside the last `<answer>…</answer>`."""
-    found = _TAG.findall(text)
-    return found[-1].strip() if found else None
+    # forwards, as they are read; each character is looked at once, however many tags are never closed
+    found, end = None, 0
+    while (begun := text.find(_OPENING, end)) >= 0 and (closing := text.find(_CLOSING, begun)) >= 0:
+        found, end = text[begun + len(_OPENING) : closing], closing
+    return None if found is None else found.strip()
 
 
 def boxed_answer(text: str) -> str | None:
     r"""What is inside the last complete `\boxed{…}`; braces may nest."""
-    start = text.rfind(_BOXED)
-    while start >= 0:
-        depth = 0
-        for position in range(start + len(_BOXED) - 1, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[start + len(_BOXED) : position].strip()
-        start = text.rfind(_BOXED, 0, start)
-    return None
+    opened: list[tuple[int, bool]] = []
+    last: tuple[int, int] | None = None
+    for brace in _BRACE.finditer(text):
+        if brace[0] != "}":
+            opened.append((brace.end(), brace[0] != "{"))
+        elif opened:
+            begun, boxed = opened.pop()
+            if boxed and (last is None or begun > last[0]):
+                last = (begun, brace.start())
+    return text[slice(*last)].strip() if last else None

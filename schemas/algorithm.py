@@ -100,6 +100,7 @@ class Filter(Section, frozen=True):
     """Which complete groups are not trained; others take their place."""
 
     zero_variance: bool = True
-    """Those whose rewards are all equal."""
+    """Those whose rewards are all equal; where turns are compared, what those got as well. (With gae and reinforce++,
+    whose baseline is not the group's, such a group would teach something too.)"""
     mean_reward: list[float] = []
     """[least, most]: those whose mean reward is not within; empty: none."""

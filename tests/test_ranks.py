@@ -17,7 +17,8 @@ ARGUMENTS = [
     "--set", "learner.ranks=2", "--set", "learner.zero_stage=2",
     "--set", f"learner.steps={STEPS}", "--set", "learner.checkpoint_every_steps=3",
     "--set", "learner.learning_rate=1e-3", "--set", "learner.correction.token=none",
-    "--set", "learner.correction.sequence=none", "--set", "deadlines.hang_s=120",
+    "--set", "learner.correction.sequence_min=1e-8", "--set", "learner.correction.sequence_max=1e8",
+    "--set", "deadlines.hang_s=120",
 ]  # fmt: skip
 
 

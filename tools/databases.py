@@ -21,8 +21,8 @@ _MAX_CELL_CHARS = 1000
 _SQLITE_MEMORY_BYTES = 256 << 20
 _SQLITE_LENGTH = 8 << 20
 _DUCKDB_MEMORY = "512MB"
-_END = re.compile(r";(\s|--[^\n]*|/\*.*?\*/)*\Z", re.DOTALL)
-"""Of a statement, with comments."""
+_END = re.compile(r";(?:\s|--[^\n]*+|/\*.*?\*/)*+\Z", re.DOTALL)
+"""Of a statement, with comments; each character is looked at once."""
 
 
 class QueryError(Exception):

@@ -70,7 +70,7 @@ async function readTrajectory(id) {
   for (;;) {
     const query = { seq: state.seq + 1, next_by_subj: `log.${run}.t.${id}.*` };
     const stored = await client.request("$JS.API.DIRECT.GET.LOG", JSON.stringify(query), { timeout: 3000 });
-    if (stored.headers.code) return state.admitted && state; // 404: that was all
+    if (!stored.headers.has("Nats-Sequence")) return state.admitted && state; // status 404: that was all
     state.seq = Number(stored.headers.last("Nats-Sequence")); // also of junk: the next append expects it
     const kind = stored.headers.last("Nats-Subject").split(".").at(-1);
     try {
@@ -204,6 +204,8 @@ async function hop(message) {
 
 let stopping = false;
 
+const isWork = (message) => Boolean(message.reply?.startsWith("$JS.ACK."));
+
 // One call at a time. What comes bears the subject of its queue, so a request's own inbox would not know it.
 async function serve() {
   const inbox = createInbox(INBOX);
@@ -211,7 +213,7 @@ async function serve() {
   client.subscribe(inbox, {
     callback: (_, message) => {
       if (take) take(message);
-      else if (!message.headers?.code) message.respond("-NAK");
+      else if (isWork(message)) message.respond("-NAK");
       take = null;
     },
   });
@@ -221,13 +223,12 @@ async function serve() {
     const came = new Promise((done) => { take = done; });
     const message = await Promise.race([came, sleep(PULL_MS + 1000)]); // no answer: the server was restarted
     take = null;
-    const code = message?.headers?.code;
-    if (code === 503) {
-      console.error(`there is no consumer ${run}=${queue}`);
-      await sleep(1000);
-    } else if (message && !code) { // 404, 408: nothing came
+    if (message && isWork(message)) { // else status 404, 408: nothing came
       if (stopping) message.respond("-NAK");
       else await hop(message);
+    } else if (message?.headers?.code === 503) {
+      console.error(`there is no consumer ${run}=${queue}`);
+      await sleep(1000);
     }
   }
 }

@@ -108,6 +108,29 @@ def test_a_call_of_finish_ends() -> None:
     assert ACTIONS.parse(text).ends
 
 
+@pytest.mark.timeout(60)  # each took hours
+@pytest.mark.parametrize(
+    "opening",
+    ["<python>", "```python\n", "```bash ", "<search>", "```search ", "<answer>", "```input\n"],
+)
+def test_what_is_never_closed_costs_no_more_than_its_length(opening: str) -> None:
+    """However often it is opened."""
+    for text in (opening * 300_000, "<python>1</python>" + opening * 300_000):
+        ACTIONS.parse(text)
+        ACTIONS.answers(text)
+
+
+def test_the_first_query_counts() -> None:
+    """In a block or on a line, whichever is first; between tags before all."""
+    assert calls_in("```search\none``` google: two", "web_search")[0].arguments == {"query": "one"}
+    assert calls_in("google: two\n", "web_search")[0].arguments == {"query": "two"}
+    line_first = "search: two\n```search\none```"
+    (call,) = calls_in(line_first, "web_search")
+    assert call.arguments["query"].startswith("two")
+    (call,) = calls_in(f"{line_first}<search>three</search>", "web_search")
+    assert call.arguments == {"query": "three"}
+
+
 @given(st.text(alphabet="<>/`pythonsql\n {}x", max_size=80))
 def test_no_text_raises(text: str) -> None:
     """Whatever is written is calls of tools that are there, or none."""

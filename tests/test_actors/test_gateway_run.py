@@ -247,6 +247,18 @@ async def test_health_and_figures(stack: Stack) -> None:
     assert "gateway_in_flight 0.0" in figures
 
 
+async def test_a_web_page_is_refused(stack: Stack) -> None:
+    """A browser says from where it asks, and asks without leave where the content is called plain text."""
+    asked = {"trajectory_ids": ["page"], "actions": ["<python>1</python>"]}
+    headers = {"Origin": "http://page.example", "Content-Type": "text/plain"}
+    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{stack.port}") as client:
+        refused = await client.post("/get_observation", content=json.dumps(asked), headers=headers)
+        figures = (await client.get("/metrics")).text
+    assert refused.status_code == 403
+    assert "Origin" in json.loads(refused.content)["detail"]
+    assert 'gateway_refused_total{status="403"} 1.0' in figures
+
+
 async def test_the_trajectories_can_be_seen(stack: Stack) -> None:
     """`actors show` has the action, its call and its result, under the trainer's name."""
     await stack.ask(("seen", "<python>print(11 * 11)</python>"))

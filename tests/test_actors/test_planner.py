@@ -435,6 +435,18 @@ def test_a_step_s_metrics_by_hand() -> None:
     }
 
 
+def test_who_sampled_nothing_has_no_age() -> None:
+    """Its prompt left no room."""
+    name = "g0-1-0"
+    prompt = Turn(trajectory=name, tokens=Tokens.given([1]), text="", finish_reason="length")
+    admitted, *_ = life(name, None)
+    nothing = folded([admitted, replace(prompt, last=True), Scored(trajectory=name, reward=0.0)])
+    trained = [folded(life("g0-0-0", 1.0, version=3)), nothing]
+    step = Step(step=7, start_version=6, trajectories=["g0-0-0", name])
+    found = step_metrics(Batch(step, [trained], []))
+    assert (found["staleness_mean"], found["staleness_max"]) == (3.0, 3)
+
+
 def test_sampled_tokens_are_counted_from_step_to_step() -> None:
     """Of training, as the log shows them; the clock is the server's."""
     learning = Learning()

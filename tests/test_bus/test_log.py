@@ -2,16 +2,18 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from itertools import pairwise
 
 import pytest
 
 from bus import log as bus_log
 from bus import subjects
 from bus.codec import encode
-from bus.connection import Bus
+from bus.connection import Bus, Message
 from bus.embedded import EmbeddedServer
-from bus.errors import Conflict, Unavailable
+from bus.errors import BadMessage, Conflict, Unavailable
 from bus.log import Log, Raw, Stored, open_log
+from bus.work import open_queue
 from schemas.events import Admitted, Expired, Scored, Step, Stepped, Turn
 from schemas.task import ChatMessage, PublicPart
 from schemas.tokens import Tokens
@@ -219,3 +221,90 @@ async def test_a_reader_waits_for_what_is_known_to_be_stored(
     monkeypatch.setattr(bus_log, "_BEHIND_S", 0.2)
     with pytest.raises(Unavailable, match=f"ends before sequence {seq + 2}"):
         await log.trajectory("g0-0-0", seq + 2)
+
+
+# -- what anyone may write who may write anything --------------------------------------------------
+
+
+def packet(subject: bytes, data: bytes, head: bytes = b"") -> bytes:
+    """A message as it goes over the wire, with whatever bytes."""
+    if not head:
+        return b"PUB %s %d\r\n%s\r\n" % (subject, len(data), data)
+    return b"HPUB %s %d %d\r\n%s%s\r\n" % (subject, len(head), len(head) + len(data), head, data)
+
+
+async def send(bus: Bus, data: bytes) -> None:
+    """Let the server take it, whatever the client's library would say."""
+    await bus.client._send_command(data)
+    await bus.client.flush()
+
+
+HOSTILE = {
+    "a status": packet(b"log.test.t.x.result", b"x", b"NATS/1.0\r\nStatus: 404\r\n\r\n"),
+    "no server": packet(b"log.test.t.x.result", b"x", b"NATS/1.0\r\nStatus: 503\r\n\r\n"),
+    "the end": packet(b"log.test.t.x.result", b"", b"NATS/1.0 204 EOB\r\n\r\n"),
+    "a status line": packet(b"log.test.t.x.result", b"x", b"NATS/1.0 404 none\r\n\r\n"),
+    "no text for a status": packet(b"log.test.t.x.result", b"x", b"NATS/1.0 \xff\xfe\xff\r\n\r\n"),
+    "no text for its words": packet(b"log.test.t.x.result", b"x", b"NATS/1.0 404 \xff\r\n\r\n"),
+    "no text for a header": packet(b"log.test.t.x.result", b"x", b"NATS/1.0\r\n\xff: \xff\r\n\r\n"),
+    "no text for a subject": packet(b"log.test.t.\xff\xfe.result", b"x"),
+}
+
+
+@pytest.mark.parametrize("message", HOSTILE.values(), ids=HOSTILE)
+async def test_no_message_hides_what_comes_after_it(bus: Bus, log: Log, message: bytes) -> None:
+    """Whatever its headers and its subject say: junk, to who reads, who follows and who is told at once."""
+    told = asyncio.Event()
+
+    async def on_message(found: Message) -> None:
+        if found.subject.endswith("admitted"):
+            told.set()
+
+    await bus.subscribe("log.test.>", on_message)
+    await send(bus, message * 600)  # more than are read at once
+    seq = await log.append(admitted(), 0)
+    assert [stored.seq async for stored in log.read()] == [seq]
+    assert log.junk == 600
+    async with asyncio.timeout(20):
+        await told.wait()
+        async for found in log.follow():
+            if found:
+                assert [stored.seq for stored in found] == [seq]
+                break
+    assert bus.client.stats["reconnects"] == 0
+
+
+async def test_no_message_stands_in_the_way_of_work(bus: Bus) -> None:
+    """One that looks like a status is a delivery like any other, and its content is junk."""
+    await send(bus, packet(b"gen.test", b"x", b"NATS/1.0\r\nStatus: 409\r\n\r\n"))
+    async with open_queue(bus, "gen", "test", slots=1) as queue, asyncio.timeout(20):
+        delivery = await queue.take()
+        with pytest.raises(BadMessage):
+            delivery.work()
+        await delivery.done()
+
+
+async def test_who_sees_a_reply_subject_does_not_know_the_next(bus: Bus) -> None:
+    """Readers of the log see those of who appends; the server sends what it answers wherever one says."""
+    inboxes = [bus.client.new_inbox() for _ in range(100)]
+    steps = {int(after[-16:], 16) - int(before[-16:], 16) for before, after in pairwise(inboxes)}
+    assert len(steps) == 99
+
+
+async def test_only_a_confirmation_confirms(bus: Bus, log: Log) -> None:
+    """What else comes to where one is awaited, sent by the server for another, is none: it is stored once."""
+    first = await log.append(admitted(), 0)
+    event = (await anext(aiter(log._reader.read("log.test.>")))).data
+    sent: list[str] = []
+
+    async def answer(found: Message) -> None:
+        if not sent and found.reply:
+            sent.append(found.reply)
+            headers = {"Nats-Stream": "LOG", "Nats-Sequence": "1"}
+            await bus.client.publish(found.reply, event, headers=headers)
+
+    await bus.subscribe("early", answer)  # in no stream: nobody else answers
+    with pytest.raises(Unavailable, match="no confirmation"):
+        await bus.store("early", b"", deadline_s=0.0)
+    assert sent
+    assert first == 1

@@ -17,7 +17,7 @@ from bus import private, store, subjects
 from bus.codec import encode
 from bus.connection import connect
 from bus.embedded import EmbeddedServer
-from bus.errors import Denied
+from bus.errors import Denied, Unavailable
 from bus.holders import Holders, Key
 from bus.log import open_log, open_reader
 from bus.permissions import covers, rights
@@ -193,6 +193,26 @@ async def test_only_scorers_and_the_operator_read_answers(server: EmbeddedServer
             assert await tries.refused() == {subject.lower() for subject in tried - allowed}
     async with connect(server.logins.of("scorer"), "test") as bus:
         assert await private.get_private(bus, RUN, "g0") == {"answer": "42"}
+
+
+async def test_a_key_is_replaced_by_its_own_role_alone(server: EmbeddedServer) -> None:
+    """No message makes the server delete what lies on other subjects of a bucket; a store of before loses that, too."""
+    async with connect(server.logins.of("provision"), "test") as bus:
+        made = (await bus.ask("STREAM.INFO.KV_lease"))["config"]
+        await bus.ask("STREAM.UPDATE.KV_lease", made | {"allow_rollup_hdrs": True})
+        await provision(bus, RUN, [])
+        assert not (await bus.ask("STREAM.INFO.KV_lease"))["config"]["allow_rollup_hdrs"]
+    async with connect(server.logins.of("dispatcher"), "test") as bus:
+        await store.put(bus, "lease", f"{RUN}.bookmark", b"here")
+    async with connect(server.logins.of("recorder"), "test") as bus:
+        with pytest.raises(Unavailable):
+            await bus.store("$KV.lease.zzz.recorder", b"", {"Nats-Rollup": "all"})
+    async with connect(server.logins.of("dispatcher"), "test") as bus:
+        kept = await store.get(bus, "lease", f"{RUN}.bookmark")
+        assert kept is not None
+        assert kept.data == b"here"
+    async with connect(server.logins.of("provision"), "test") as bus:
+        assert await store.purge(bus, "KV_lease", f"$KV.lease.{RUN}.bookmark") == 1
 
 
 async def test_analytics_sees_answers_where_it_is_set(tmp_path: Path) -> None:

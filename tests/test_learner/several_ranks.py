@@ -33,7 +33,7 @@ BASE = recipe.Recipe(
         max_grad_norm=0.5,
         advantage=algorithm.Advantage(estimator="gae"),
         kl=algorithm.Kl(coefficient=0.1),
-        correction=algorithm.Correction(token="none", sequence="none"),
+        correction=algorithm.Correction(token="none", sequence_min=1e-8, sequence_max=1e8),
     ),
 )
 
@@ -109,7 +109,8 @@ def main(folder: Path, one_rank: Path, out: Path, sees: Path) -> None:
         (out / way / "resumed.safetensors").write_bytes(policy.weights())
         policy.restart_optimizer()
         restarted = policy.train_step(batch(4), 4)
-        found = {"rows": rows, "resumed": resumed, "restarted": restarted}
+        taught = policy.supervised_step(batch(5)[0], 5, 1e-3)
+        found = {"rows": rows, "resumed": resumed, "restarted": restarted, "taught": taught}
         engine = policy._engine
         given = [engine.zero_offload_optimizer(), engine.zero_offload_param()]
         found |= {"stage": engine.zero_optimization_stage(), "offload": given.count(None)}

@@ -2,12 +2,17 @@
 
 import math
 
+import pytest
 import torch
 
 from learner import corrections
 from learner.aggregation import aggregation
-from learner.groups import refusal, zero_variance
-from schemas.algorithm import Filter
+from learner.groups import outcome, refusal, zero_variance
+from schemas.algorithm import Advantage, Filter
+from schemas.events import Admitted, Scored, Turn
+from schemas.task import PublicPart
+from schemas.tokens import Tokens
+from schemas.trajectory import Trajectory
 
 
 def logs(*ratios: float) -> torch.Tensor:
@@ -98,6 +103,48 @@ def test_refusal() -> None:
     assert refusal([1.0, 1.0], Filter(zero_variance=False, mean_reward=[0.1, 0.9])) == "range"
     assert refusal([1.0, 0.0, 0.0, 0.0], Filter(mean_reward=[0.5, 0.9])) == "range"
     assert refusal([1.0, 0.0], Filter(mean_reward=[0.5, 0.9])) is None
-    # advantages of turns: the same reward in the end is not the same
+    # the same reward in the end is not the same
     assert refusal([1.0, 1.0], Filter(), [(0.5, 0.0), (0.0, 0.5)]) is None
     assert refusal([1.0, 1.0], Filter(), [(0.5,), (0.5,)]) == "zero_variance"
+
+
+def scored(reward: float, turns: int, *by_turn: float) -> Trajectory:
+    """So many turns, of which the first ones got something."""
+    name = "g0-0-0"
+    tokens = Tokens.given([1]) + Tokens.sampled([2], [-1.0], [0])
+    return Trajectory(
+        admitted=Admitted(
+            trajectory=name, task="t", public=PublicPart(messages=[]), private_key=""
+        ),
+        turns=[Turn(trajectory=name, tokens=tokens, text="") for _ in range(turns)],
+        scored=Scored(
+            trajectory=name, reward=reward, parts={f"turn_{k}": v for k, v in enumerate(by_turn)}
+        ),
+        seq=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("plan", "same", "other"),
+    [
+        # of the whole: what turns got beside it is not compared
+        (Advantage(), [scored(1, 1), scored(1, 2, 0.5)], scored(0, 1)),
+        # by token, whatever the credit
+        (Advantage(estimator="gae"), [scored(0, 1, 1), scored(0, 2, 1)], scored(0, 1)),
+        (Advantage(estimator="reinforce++"), [scored(0, 1, 1), scored(0, 2, 1)], scored(0, 1)),
+        # returns 1; 1, 1; and with a turn's reward 1.5, 1
+        (Advantage(credit="turns"), [scored(1, 1), scored(1, 2)], scored(1, 2, 0.5)),
+        # returns 1 against 0.9, 1
+        (Advantage(credit="turns", discount=0.9), [scored(1, 1), scored(1, 1)], scored(1, 2)),
+        (Advantage(credit="anchors", discount=0.9), [scored(1, 2), scored(1, 2)], scored(1, 1)),
+    ],
+)
+def test_what_is_compared(plan: Advantage, same: list[Trajectory], other: Trajectory) -> None:
+    """Members that an estimator cannot tell apart have no variance; those that it can have one."""
+
+    def refused(*members: Trajectory) -> str | None:
+        rewards = [member.reward or 0.0 for member in members]
+        return refusal(rewards, Filter(), [outcome(member, plan) for member in members])
+
+    assert refused(*same) == "zero_variance"
+    assert refused(*same, other) is None

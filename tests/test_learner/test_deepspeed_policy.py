@@ -32,6 +32,7 @@ class Results:
     folder: Path
     rows: list[dict[str, float]]
     restarted: dict[str, float]
+    taught: dict[str, float]
     weights: bytes
     checkpoint: Path
 
@@ -65,6 +66,7 @@ def results(folder: Path, sees: Path, tmp_path_factory: pytest.TempPathFactory) 
     weights = policy.weights()
     policy.restart_optimizer()
     restarted = policy.train_step(batch(4), 4)
+    taught = policy.supervised_step(batch(5)[0], 5, 1e-3)
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
@@ -79,7 +81,7 @@ def results(folder: Path, sees: Path, tmp_path_factory: pytest.TempPathFactory) 
     for process in processes:
         output, _ = process.communicate(timeout=500)
         assert process.returncode == 0, output
-    return Results(out, rows, restarted, weights, out / "one")
+    return Results(out, rows, restarted, taught, weights, out / "one")
 
 
 def assert_close(found: dict[str, float], expected: dict[str, float]) -> None:
@@ -152,6 +154,15 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(
 def test_a_restarted_optimizer_has_no_memory(results: Results, way: str) -> None:
     """As between the cold start and reinforcement learning."""
     assert_close(results.of(way)["restarted"], results.restarted)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_demonstrations_are_taught_beside_a_value_head(results: Results, way: str) -> None:
+    """Which they teach nothing."""
+    found = results.of(way)["taught"]
+    for name, value in results.taught.items():
+        if name != "computed_tokens":
+            assert found[name] == pytest.approx(value, rel=1e-4), name
 
 
 @pytest.mark.parametrize("way", ranks["SEEING"])

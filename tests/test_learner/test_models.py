@@ -7,7 +7,14 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from learner.checkpoints import write_folder
 from learner.errors import BadCheckpoint, LearnerError, UnsupportedModel
@@ -220,6 +227,20 @@ def test_dropout_stays_off_where_layers_are_computed_again() -> None:
         vocab_size=64, n_positions=64, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.5
     )
     model = GPT2LMHeadModel(config).eval()
+    ids = torch.arange(8).unsqueeze(0)
+    expected = model(ids).logits
+    recompute_layers(model)
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_dropout_stays_off_in_layers_that_drop_by_themselves() -> None:
+    """Not by modules of theirs but by functions, as OPT's do."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=64, max_position_embeddings=64, hidden_size=16, num_hidden_layers=2, ffn_dim=32,
+        num_attention_heads=2, word_embed_proj_dim=16, dropout=0.5, attention_dropout=0.5,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).eval()
     ids = torch.arange(8).unsqueeze(0)
     expected = model(ids).logits
     recompute_layers(model)

@@ -45,7 +45,7 @@ def tokens(**changes) -> Tokens:
 
 
 def batch_of(*places: int) -> MicroBatch:
-    unread, found = np.zeros(1, np.int64), np.array(places)
+    unread, found = np.zeros(1, np.int64), np.array(places, np.int64)
     return MicroBatch(*[unread] * 5, sources_K=found, targets_K=found, tokens_K=found)
 
 
@@ -228,6 +228,27 @@ def test_metrics_by_hand() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"correction": {"sequence": "product"}},
+        {"loss": {"method": "gspo", "aggregation": "sequence_mean"}, "correction": NONE},
+    ],
+)
+def test_a_micro_batch_without_tokens_adds_nothing(keys: dict[str, object]) -> None:
+    """One of several ranks may get no trajectory; its backward pass goes through all the same."""
+    objective = Objective(config(**keys), tokens(), (0, 1))
+    logprobs = torch.zeros(0, requires_grad=True)
+    nothing = TokenLogprobs(logprobs * 1, torch.zeros(0), torch.zeros(0, 4))
+    found = objective(batch_of(), nothing)
+    found.loss.backward()
+    assert found.loss.item() == 0
+    assert {float(value) for value in found.sums.values()} == {0.0}
+    objective(batch_of(0, 1, 2, 3, 4), now_of())
+    assert objective.metrics()["gated_trajectory_fraction"] < 1
+
+
 # -- the arrays of a batch -------------------------------------------------------------------------
 
 
@@ -251,6 +272,29 @@ def test_turn_rewards_by_hand(make_sample) -> None:
     group = [two_turns(make_sample, 1.0, "g0-0-0", (1.0,)), two_turns(make_sample, 0.0, "g0-1-0")]
     plan = {"credit": "turns", "discount": 0.5}
     assert advantages_of([group], advantage=plan) == [0.75, 0.75, 0.5, -0.75, -0.75, -0.5]
+
+
+def test_turn_rewards_by_the_deviation_of_the_batch(make_sample) -> None:
+    """Nothing at the end; first turns get 1 and 0, second turns of another group 1 and 0: returns 1 0, 0 0, 1 1, 0 0.
+
+    Of these eight the mean is 3/8 and the deviation sqrt((3 - 9/8) / 7).
+    """
+    groups = [
+        [two_turns(make_sample, 0.0, "g-0", (1.0,)), two_turns(make_sample, 0.0, "g-1")],
+        [two_turns(make_sample, 0.0, "h-0", (0.0, 1.0)), two_turns(make_sample, 0.0, "h-1")],
+    ]
+    unit = round(0.5 / ((1.875 / 7) ** 0.5 + 1e-4), 4)
+    found = advantages_of(groups, advantage={"credit": "turns", "scale": "batch"})
+    assert found == [unit, unit, 0, -unit, -unit, 0, unit, unit, unit, -unit, -unit, -unit]
+
+
+def test_anchors_of_turn_rewards_by_hand(make_sample) -> None:
+    """The whole of a trajectory is what it got in all: here 1 and 0, by turn. First turns share a state, as do others.
+
+    0.5 + 0.5 in the first turn; in the second, from where nothing follows, 0.5 + 0.
+    """
+    group = [two_turns(make_sample, 0.0, "g-0", (1.0,)), two_turns(make_sample, 0.0, "g-1")]
+    assert advantages_of([group], advantage={"credit": "anchors"}) == [1, 1, 0.5, -1, -1, -0.5]
 
 
 def test_anchors_by_hand_of_samples(make_sample) -> None:

@@ -117,11 +117,37 @@ def test_answers_are_looked_for_in_any_text(text: str) -> None:
     assert boxed_answer(text + "\\boxed{a{b}c}") == "a{b}c"
 
 
-@given(st.text(alphabet="{}\\boxed ", max_size=60))
-def test_boxes_are_read_whole(text: str) -> None:
-    """What is found has balanced braces."""
-    found = boxed_answer(text)
-    assert found is None or found.count("{") == found.count("}")
+BOXED_PARTS = st.lists(st.sampled_from(["\\boxed{", "{", "}", " ", "x", "\\boxed"]), max_size=20)
+
+
+def by_depth(text: str) -> str | None:
+    """What is inside the last complete box: from each of its beginnings, from behind."""
+    start = text.rfind("\\boxed{")
+    while start >= 0:
+        depth = 0
+        for position in range(start + 6, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                return text[start + 7 : position].strip()
+        start = text.rfind("\\boxed{", 0, start)
+    return None
+
+
+@given(BOXED_PARTS)
+def test_boxes_are_read_whole(parts: list[str]) -> None:
+    """The last one whose braces are closed, with those inside it."""
+    text = "".join(parts)
+    assert boxed_answer(text) == by_depth(text)
+
+
+@pytest.mark.timeout(60)  # each took hours
+@pytest.mark.parametrize("opening", ["\\boxed{", "<answer>"])
+def test_what_is_never_closed_costs_no_more_than_its_length(opening: str) -> None:
+    """A scorer has other trajectories, too."""
+    text = opening * 300_000
+    assert boxed_answer(text) is None
+    assert tagged_answer(text) is None
+    assert boxed_answer("\\boxed{1}" + text) in ("1", None)
 
 
 # -- math --------------------------------------------------------------------------------------------

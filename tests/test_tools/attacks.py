@@ -121,6 +121,11 @@ attack(lambda: syscall({'x86_64': 29, 'aarch64': 194}[os.uname().machine], 0, 1 
 attack(lambda: call(libc.prctl, 4, 0, 0, 0, 0))  # a process that is not dumpable cannot be measured
 attack(lambda: syscall(425, 8, 0))
 """,
+    "of_the_machine": """
+context = ctypes.c_ulong(0)
+attack(lambda: syscall({'x86_64': 206, 'aarch64': 0}[os.uname().machine], 1, ctypes.byref(context)))
+attack(lambda: syscall({'x86_64': 294, 'aarch64': 26}[os.uname().machine], 0))
+""",
     "disk": """
 def fill(directory):
     written = 0

@@ -351,3 +351,13 @@ def test_functions_are_written_into_the_system_message() -> None:
             assert part in first.content
     assert first.content.startswith("Be brief.\n\n")
     assert with_functions([user], open_format("hermes", {}, {})) == [user]
+
+
+@pytest.mark.timeout(60)  # it took hours
+def test_fences_that_are_never_closed_cost_no_more_than_their_length() -> None:
+    """Each is complained of; a longer one is not looked for where a shorter one was not found."""
+    parsed = open_format("fenced", load_tools(["python"]), {}).parse(
+        "````python\n```python\n" * 50_000
+    )
+    assert parsed.calls == []
+    assert "cut off" in parsed.feedback

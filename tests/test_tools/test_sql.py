@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from bus.embedded import free_port
-from tools.databases import Table, render
+from tools.databases import _END, Table, render
 from tools.errors import ToolError
 from tools.registry import load_tools, open_tools
 from tools.sandbox.sandbox import Limits, Outcome
@@ -192,6 +192,14 @@ async def test_a_database_that_is_not_there_is_nobodys_query(
         database = tmp_path / "junk.sqlite"
     with pytest.raises(ToolError, match=says):
         await ask("SELECT 1", database)
+
+
+@pytest.mark.timeout(60)  # it took years
+async def test_the_end_of_a_statement_is_found_at_once() -> None:
+    """Whatever comments it may be taken for."""
+    for end in ("-- " * 1000, "/* */ " * 1000, "--;" * 1000, "/*;*/" * 1000):
+        assert _END.sub("", f"SELECT 1;{end}\n") == "SELECT 1"
+        assert _END.sub("", f"SELECT 1;{end}\n1") == f"SELECT 1;{end}\n1"
 
 
 async def test_databases_have_names_and_urls(

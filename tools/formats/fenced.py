@@ -35,14 +35,16 @@ class Fenced(CallFormat):
     def read(self, text: str) -> list[Call | str]:
         """See CallFormat."""
         found: list[Call | str] = []
-        position = 0
+        position, unclosed = 0, len(text)
         while opening := _OPENING.search(text, position):
             fence, word = opening["fence"], opening["word"]
             position = opening.end()
             closing = re.compile(rf"^`{{{len(fence)},}}[ \t\r]*$", re.MULTILINE)
-            end = closing.search(text, position + 1)
+            # what closes a longer fence would have closed a shorter one
+            end = closing.search(text, position + 1) if len(fence) < unclosed else None
             name = self._names.get(word)
             if end is None:
+                unclosed = min(unclosed, len(fence))
                 if name is not None:
                     found.append(
                         f"{fence}{word} without {fence} on a line of its own at the end: "

@@ -40,6 +40,9 @@ _DENIED = {
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
     "fanotify_init": (300, 262),
+    # few for the whole machine, or for all of one user
+    "io_setup": (206, 0),
+    "inotify_init1": (294, 26),
     "keyctl": (250, 219),
     "add_key": (248, 217),
     "request_key": (249, 218),
@@ -96,7 +99,8 @@ _IGNORED_WITHOUT_NAMESPACES = {
     "fchmodat2": (452, 452),
     "utimensat": (280, 88),
 }
-_ONLY_X86_DENIED = {"chown": 92, "lchown": 94}
+_ONLY_X86_DENIED = {"inotify_init": 253}
+_ONLY_X86_DENIED_WITHOUT_NAMESPACES = {"chown": 92, "lchown": 94}
 _ONLY_X86_IGNORED = {"chmod": 90, "utime": 132, "utimes": 235, "futimesat": 261}
 _PRLIMIT = (302, 261)
 _CLONE = (56, 220)
@@ -156,7 +160,10 @@ def denied(machine: str, *, namespaces: bool = True) -> dict[str, int]:
     column = _MACHINES.index(machine)
     tables = [_DENIED] if namespaces else [_DENIED, _DENIED_WITHOUT_NAMESPACES]
     found = {name: numbers[column] for table in tables for name, numbers in table.items()}
-    return found | (_ONLY_X86_DENIED if not namespaces and machine == "x86_64" else {})
+    if machine == "x86_64":
+        found |= _ONLY_X86_DENIED
+        found |= {} if namespaces else _ONLY_X86_DENIED_WITHOUT_NAMESPACES
+    return found
 
 
 def ignored(machine: str) -> dict[str, int]:
