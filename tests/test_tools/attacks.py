@@ -123,7 +123,7 @@ attack(lambda: syscall(425, 8, 0))
 """,
     "of_the_machine": """
 context = ctypes.c_ulong(0)
-attack(lambda: syscall({'x86_64': 206, 'aarch64': 0}[os.uname().machine], 1, ctypes.byref(context)))
+attack(lambda: syscall({'x86_64': 206, 'aarch64': 0}[os.uname().machine], 1, ctypes.addressof(context)))
 attack(lambda: syscall({'x86_64': 294, 'aarch64': 26}[os.uname().machine], 0))
 """,
     "disk": """
