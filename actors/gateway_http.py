@@ -130,12 +130,9 @@ class Door:
     async def _get_observation(self, request: Request) -> Response:
         begun_s = time.monotonic()
         try:
-            if (
-                "origin" in request.headers
-            ):  # a trainer has none; a web page in a browser nearby could run anything
-                raise Refused(
-                    403, "requests from web pages are refused: leave the header Origin out"
-                )
+            if "origin" in request.headers:
+                # a trainer has none; a page in a browser nearby could run anything
+                raise Refused(403, "web pages are refused: leave the header Origin out")
             actions = read_request(await _body(request))
             with self._taken_in(len(actions)):
                 answers, queue_s = await self._answers(actions)

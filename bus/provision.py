@@ -44,9 +44,8 @@ def _stream(name: str, subjects: list[str]) -> StreamConfig:
         config.max_msgs = 100_000  # a fuse; room for a limit in bytes would be set aside at once
     elif name.startswith("KV_"):
         config.max_msgs_per_subject = 1
-        config.allow_rollup_hdrs = (
-            False  # said, so that an older stream loses it: one could empty the others' keys
-        )
+        # said, so that an older stream loses it: one role could empty the others' keys
+        config.allow_rollup_hdrs = False
         config.allow_msg_ttl = True
     elif name.startswith("OBJ_"):
         config.allow_rollup_hdrs = True

@@ -148,9 +148,8 @@ class WorkQueue:
                     await message.nak()
             else:
                 self._arrived.put_nowait(message)
-        elif (
-            status := headers.get("Status")
-        ) != _IDLE:  # all else ends a request, saying what it owes
+        elif (status := headers.get("Status")) != _IDLE:
+            # all else ends a request, saying what it owes
             owed = int(headers.get("Nats-Pending-Messages", self._asked))
             self._asked = max(0, self._asked - owed)
             if status == _EXPIRED:  # else it was refused, and would be again at once: see `_pull`
