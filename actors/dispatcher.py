@@ -238,7 +238,7 @@ class Dispatcher:
     def fail(self, letter: DeadLetter) -> list[Decision]:
         """End a trajectory whose message was put aside; nothing when it has moved since, or has ended."""
         live = self.live.get(letter.trajectory)
-        if live is None or live.seq > letter.seq:
+        if live is None or live.seq > letter.seq or live.stage == "scored":
             return []
         cause = Cause(boundary=letter.boundary, code=letter.code, detail=letter.error)
         failed = Failed(trajectory=letter.trajectory, replica=self._replica, cause=cause)

@@ -93,6 +93,8 @@ class Planner:
         self._checked_version = -1
         self._filtered: dict[str, list[Trajectory]] = {}
         """Groups filtered since the last step, with those of their members that count in its rewards."""
+        self._filtered_seq = 0
+        """Of the first of them."""
         self.failed_by_cause: Counter[str] = Counter()
         """Since the last step, as are the next two."""
         self.sampled_tokens = 0
@@ -109,6 +111,8 @@ class Planner:
             self._follow(event, seq)
         elif isinstance(event, AnyLearnerEvent) and seq > self._followed_seq:
             self._followed_seq = seq
+            if isinstance(event, Filtered):
+                self._filtered_seq = self._filtered_seq or seq
             self._remember(event)
 
     @property
@@ -119,7 +123,8 @@ class Planner:
     def needed_from(self, read_seq: int) -> int:
         """After which sequence a learner with a checkpoint of this moment reads on; `read_seq`: up to where we have."""
         self._forget_admissions()
-        return min([*self._admitted.values(), read_seq + 1]) - 1
+        filtered = [self._filtered_seq] if self._filtered_seq else []
+        return min([*self._admitted.values(), *filtered, read_seq + 1]) - 1
 
     def _forget_admissions(self) -> None:
         batches = self.batches.values()
@@ -165,6 +170,7 @@ class Planner:
         elif state.end is not None:
             if isinstance(event, Failed):
                 self.failed_by_cause[str(event.cause)] += 1
+                self._unscore(event.trajectory)
             else:
                 self._lose(TrajectoryId.parse(event.trajectory).group)
             self._oldest.pop(event.trajectory, None)
@@ -176,6 +182,14 @@ class Planner:
         members[member] = state.id
         if len(members) == self._recipe.learner.group_size:
             self._ready.append(name)
+
+    def _unscore(self, trajectory: str) -> None:
+        """It failed after all, and is replaced."""
+        name, member, _ = TrajectoryId.parse(trajectory)
+        if self._scored.get(name, {}).get(member) == trajectory:
+            del self._scored[name][member]
+            if name in self._ready:
+                self._ready.remove(name)
 
     def _lose(self, group: str) -> None:
         """One of its members was expired or dropped: it will not be trained."""
@@ -193,6 +207,7 @@ class Planner:
             event.group not in self._ready
         ):  # of a step before our checkpoint; not all of it was read
             self._discard(event.trajectories)
+            self._filtered[event.group] = []  # the next step names it all the same
             return
         members = self._take(event.group)
         self._filtered[event.group] = [] if event.reason == "stale" else members
@@ -207,6 +222,7 @@ class Planner:
         else:
             self._discard(event.trajectories)
         self._filtered.clear()
+        self._filtered_seq = 0
 
     def _discard(self, trajectories: Iterable[str]) -> None:
         """Forget what was taken before our checkpoint, as far as it was read."""

@@ -1,7 +1,7 @@
 """Live progress in the terminal, folded from the log; a line per step where there is no terminal."""
 
 import time
-from collections import Counter
+from collections import Counter, deque
 
 from rich.console import Console
 from rich.live import Live
@@ -57,7 +57,7 @@ class Progress:
         self._failed: Counter[str] = Counter()
         self._evaluated: Counter[int] = Counter()
         self._evaluated_sum: Counter[int] = Counter()
-        self._sampled: list[tuple[float, int]] = []
+        self._sampled: deque[tuple[float, int]] = deque()
         self._ended = 0
         self._note = "starting"
         self._row: dict[str, float] = {}
@@ -110,14 +110,17 @@ class Progress:
         self._place[name] = self._place.get(name, Place()).after(event)
         if isinstance(event, Turn):
             self._sampled.append((time_s, event.tokens.sampled_count))
+            while time_s - self._sampled[0][0] >= _RATE_S:
+                self._sampled.popleft()
 
     def _count(self, event: Evaluated | Expired | Failed | Dropped | Finished) -> None:
         if isinstance(event, Failed):
             self._failed[str(event.cause)] += 1
         elif isinstance(event, Evaluated):
             version = evaluated_version(event.trajectory)
-            self._evaluated[version] += 1
-            self._evaluated_sum[version] += event.reward  # type: ignore[assignment]
+            if version is not None:
+                self._evaluated[version] += 1
+                self._evaluated_sum[version] += event.reward  # type: ignore[assignment]
 
     def see(self, beats: list[Heartbeat], now_s: float) -> None:
         """Who is alive, and what they say stands still; where there is no terminal each stall is told once."""
@@ -141,8 +144,6 @@ class Progress:
     def _tokens_per_s(self) -> float:
         if not self._sampled:
             return 0.0
-        newest = self._sampled[-1][0]
-        self._sampled = [pair for pair in self._sampled if newest - pair[0] < _RATE_S]
         return sum(count for _, count in self._sampled) / _RATE_S
 
     def _table(self) -> Table:

@@ -291,7 +291,7 @@ def _turn_rows(state: Trajectory, accepted: Sequence[Stored], closing: Closing) 
                         {
                             "tool": call.tool,
                             "version": call.version,
-                            "arguments": msgspec.json.encode(call.arguments).decode(),
+                            "arguments": _as_json(call.arguments),
                         }
                         for call in event.calls
                     ],
@@ -299,6 +299,14 @@ def _turn_rows(state: Trajectory, accepted: Sequence[Stored], closing: Closing) 
                 }
             )
     return found
+
+
+def _as_json(arguments: dict[str, Any]) -> str:
+    """What JSON has no word for, and a message may hold, as Python writes it."""
+    try:
+        return msgspec.json.encode(arguments).decode()
+    except TypeError:
+        return msgspec.json.encode(repr(arguments)).decode()
 
 
 def _result(event: Result, stored: Stored) -> Row:

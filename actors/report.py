@@ -1,6 +1,7 @@
 """What a run leaves in its folder, written from the log alone: metrics.jsonl, TensorBoard events, reward.png."""
 
 import math
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ import msgspec
 from bus.log import Stored
 from schemas.events import Evaluated, Stepped, Warmed
 from schemas.trajectory import TrajectoryId
+
+_EVALUATION = re.compile(r"e([0-9]{1,9})x[0-9]{1,9}")
 
 
 class Report:
@@ -43,7 +46,8 @@ class Report:
             self._chart("cold_start", event.metrics, event.step, stored.time_s)
         elif isinstance(event, Evaluated):
             version = evaluated_version(event.trajectory)
-            self.evaluations.setdefault(version, []).append(event.reward)
+            if version is not None:
+                self.evaluations.setdefault(version, []).append(event.reward)
 
     def _chart(self, prefix: str, row: dict[str, Any], step: int, time_s: float) -> None:
         for name, value in row.items():
@@ -69,9 +73,13 @@ class Report:
             draw(self.rows, self.evaluation_means(), self._folder / "reward.png")
 
 
-def evaluated_version(trajectory: str) -> int:
-    """The policy version that an evaluation trajectory is pinned to, from its group's name `e<version>x<row>`."""
-    return int(TrajectoryId.parse(trajectory).group[1:].partition("x")[0])
+def evaluated_version(trajectory: str) -> int | None:
+    """The policy version that an evaluation trajectory is pinned to, from its group's name `e<version>x<row>`.
+
+    None for another trajectory, which a faulty scorer has evaluated.
+    """
+    place = _EVALUATION.fullmatch(TrajectoryId.parse(trajectory).group)
+    return int(place[1]) if place else None
 
 
 def _write(file: IO[bytes], row: dict[str, Any]) -> None:

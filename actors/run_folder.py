@@ -4,9 +4,13 @@ import os
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from actors.errors import UserError
 from bus.logins import Logins
+
+_CLOCK_S = 1.0
+"""By how much a process seems to begin at another time when the clock is set right."""
 
 RUNS = Path(os.environ.get("ACTORS_RUNS", "runs"))
 
@@ -16,6 +20,8 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
 
     logins: Logins
     supervisor_pid: int
+    supervisor_began_s: float = 0.0
+    """When that process began, as the machine says: after its end another may have its number."""
 
 
 class RunFolder:
@@ -31,7 +37,8 @@ class RunFolder:
 
     def write_endpoint(self, logins: Logins) -> None:
         """Let others on this machine, of this user, join."""
-        live = Live(logins=logins, supervisor_pid=os.getpid())
+        began_s = psutil.Process().create_time()
+        live = Live(logins=logins, supervisor_pid=os.getpid(), supervisor_began_s=began_s)
         new = self._endpoint.with_suffix(".new")
         new.touch(mode=0o600)
         new.write_bytes(msgspec.json.encode(live))
@@ -45,12 +52,11 @@ class RunFolder:
         """How to reach the run, if its supervisor is alive."""
         try:
             live = msgspec.json.decode(self._endpoint.read_bytes(), type=Live)
-            os.kill(live.supervisor_pid, 0)
-        except (FileNotFoundError, ProcessLookupError):
+            began_s = psutil.Process(live.supervisor_pid).create_time()
+        except (FileNotFoundError, psutil.NoSuchProcess):
             return None
-        except PermissionError:
-            return live
-        return live
+        same = not live.supervisor_began_s or abs(began_s - live.supervisor_began_s) < _CLOCK_S
+        return live if same else None
 
 
 def find_live(run: str | None) -> tuple[str, Logins]:

@@ -21,7 +21,9 @@ class Scores:
         if isinstance(event, Stepped):
             self.rows.append(event.metrics)
         elif isinstance(event, Evaluated):
-            self._held_out[evaluated_version(event.trajectory)].append(event.reward)
+            version = evaluated_version(event.trajectory)
+            if version is not None:
+                self._held_out[version].append(event.reward)
 
     def held_out(self) -> dict[int, float]:
         """Policy version → mean reward of its evaluation, as far as it has come."""

@@ -9,6 +9,7 @@ Whatever was lost on the way to the log is offered again, since only the log say
 
 import hashlib
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,10 @@ from actors.row_images import RowImage, images_of
 from schemas.events import Admitted
 from schemas.recipe import Recipe
 from schemas.task import TaskRow
+
+_GROUP = re.compile(r"(g(0|[1-9][0-9]{0,8}))(?:r([1-9][0-9]{0,8}))?")
+_FAR = 100_000
+"""How far beyond the next row no dispatcher has admitted one."""
 
 
 class Task(NamedTuple):
@@ -68,8 +73,10 @@ class Tasks:
 
     def admitted(self, group: str) -> bool:
         """The log shows a group that holds no slot; False when it had one before, which is over."""
-        base, _, repeat = group.partition("r")
-        number = int(base[1:])
+        place = _GROUP.fullmatch(group)
+        if place is None or int(place[2]) > self._next + _FAR:
+            return False  # of no dispatcher
+        base, number, repeat = place[1], int(place[2]), place[3]
         new = number >= self._next or number in self._lost
         self._lost |= set(range(self._next, number))
         self._lost.discard(number)

@@ -191,6 +191,7 @@ class Training:
                 self._old_weights.observe(stored.event, stored.seq)
                 self._scores.observe(stored.event)
                 if isinstance(stored.event, Ended):
+                    await self._train_again()
                     await self._finish()
                     return
             if not found:
@@ -209,12 +210,17 @@ class Training:
                 if stored.seq <= self._read_seq:
                     self._scores.observe(stored.event)
 
+    async def _train_again(self) -> None:
+        """The steps that the log has and our checkpoint had not."""
+        batches = self._planner.batches
+        for number in sorted(batches):
+            if not self._process.stopping.is_set():
+                await self._train_batch(batches.pop(number))
+
     async def _step(self) -> None:
         """Train what can be trained now. Called at the end of what is stored."""
         planner = self._planner
-        for number in sorted(planner.batches):
-            if not self._process.stopping.is_set():
-                await self._train_batch(planner.batches.pop(number))
+        await self._train_again()
         for event in planner.filters(self._version):
             await self._append(event)
         step = planner.plan(self._version)
@@ -266,7 +272,8 @@ class Training:
             metrics.stepped(row)
         elif recorded.weights_sha256 != sha256:
             log.warning("step trained again gave other weights", step=number)
-        await self._old_weights.delete(number)
+        if number > self._published:  # else what is newer is in use
+            await self._old_weights.delete(number)
         await self._publish(number, weights, sha256)
         last = number == self._recipe.learner.steps
         if number % self._recipe.learner.checkpoint_every_steps == 0 or last:

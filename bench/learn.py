@@ -100,7 +100,7 @@ async def read_run(log: Log) -> Learned:
         elif isinstance(event, Stepped):
             made_s[event.policy_version] = stored.time_s
         elif isinstance(event, Evaluated):
-            rewards[evaluated_version(event.trajectory)].append(event.reward)
+            rewards[evaluated_version(event.trajectory) or 0].append(event.reward)
     versions = sorted(rewards)
     curve = Curve(versions, [sum(rewards[v]) / len(rewards[v]) for v in versions])
     return learned(curve, [max(0.0, made_s.get(v, begun_s) - begun_s) for v in versions])

@@ -6,6 +6,7 @@ dies or meets a restarted server goes on from the sequence it has.
 
 import asyncio
 import json
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -27,9 +28,11 @@ from schemas.events import (
     AnyLearnerEvent,
     AnyRunEvent,
     AnyTrajectoryEvent,
+    Evaluated,
+    Scored,
     TrajectoryEvent,
 )
-from schemas.trajectory import Trajectory, fold
+from schemas.trajectory import Trajectory, TrajectoryId, fold
 
 log = structlog.get_logger()
 
@@ -206,6 +209,13 @@ def read_event(raw: Raw) -> AnyEvent:
         raise BadMessage(raw.subject, f"is no place for a {event.kind!r}", raw.data)
     if isinstance(event, TrajectoryEvent) and part[3] != event.trajectory:
         raise BadMessage(raw.subject, f"holds an event of {event.trajectory}", raw.data)
+    if part[2] == "t":
+        try:
+            TrajectoryId.parse(part[3])
+        except ValueError as error:
+            raise BadMessage(raw.subject, str(error), raw.data) from error
+    if isinstance(event, Scored | Evaluated) and not math.isfinite(event.reward):
+        raise BadMessage(raw.subject, f"the reward {event.reward}", raw.data)
     return event
 
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,10 @@ class Chat:
                 "or set `chat_template` in its tokenizer_config.json"
             )
         self._special = tuple(self._tokenizer.get_added_vocab())
+        added = self._tokenizer.added_tokens_decoder.values()
+        self._not_special = [
+            each.content for each in added if not (each.special or each.content.isspace())
+        ]
         self._in_parts = False
         with contextlib.suppress(ChatError):
             user = {"role": "user", "content": _OBSERVATION}
@@ -82,9 +87,7 @@ class Chat:
             ids = self._encode(frame.pieces[0])
             for content, piece in zip(stripped, frame.pieces[1:], strict=True):
                 for part in content:
-                    if isinstance(part, str):
-                        part = self._encode(part, split_special_tokens=True)
-                    ids += part
+                    ids += self._as_text(part) if isinstance(part, str) else part
                 ids += self._encode(piece)
         else:
             pairs = zip(texts, frame.pieces[1:], strict=True)
@@ -138,6 +141,17 @@ class Chat:
             for role, content, images in messages
         ]
         return self._encode(self._render(plain, json.loads(tools) if tools else None))
+
+    def _as_text(self, text: str) -> list[int]:
+        """No control token, whatever is spelled out; one that is not called special is cut in two, lest it be found."""
+        cuts = {0, len(text)}
+        for token in self._not_special:
+            at = text.find(token)
+            while at >= 0:
+                cuts.add(at + 1)
+                at = text.find(token, at + 1)
+        parts = [text[first:end] for first, end in pairwise(sorted(cuts))]
+        return [id_ for part in parts for id_ in self._encode(part, split_special_tokens=True)]
 
     def _encode(self, text: str, **how: bool) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, **how)

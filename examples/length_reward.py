@@ -11,5 +11,5 @@ from schemas.trajectory import Trajectory
 async def length(task: TaskRow, trajectory: Trajectory, _run: Run) -> Reward:
     """1 for a last turn within the limit, less the longer it is."""
     max_chars = task.private["max_chars"]
-    chars = len(trajectory.turns[-1].text)
+    chars = len(trajectory.turn_text)
     return Reward(value=min(1.0, max_chars / max(chars, 1)), parts={"chars": float(chars)})

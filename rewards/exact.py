@@ -25,7 +25,7 @@ async def exact(task: TaskRow, trajectory: Trajectory, _run: Run) -> Reward:
     expected = str(task.private["answer"])
     given = finished_answer(trajectory)
     if given is None and trajectory.turns:
-        given = final_answer(trajectory.turns[-1].text, expected)
+        given = final_answer(trajectory.turn_text, expected)
     correct = given is not None and is_same(given, expected)
     return Reward(value=float(correct), parts={"answered": float(given is not None)})
 

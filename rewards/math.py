@@ -46,7 +46,7 @@ class MathReward:
         """Score what `finish` was called with, or the last turn's text, or what its last `<answer>…</answer>` holds."""
         if "answer" not in task.private:
             raise BadTask("no_answer", f"the private part of {task.id} has no `answer`")
-        text = trajectory.turns[-1].text if trajectory.turns else ""
+        text = trajectory.turn_text
         tagged = finished_answer(trajectory)
         if tagged is None:
             tagged = tagged_answer(text)

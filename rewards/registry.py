@@ -1,6 +1,5 @@
 """Names to rewards: built in, from an installed package, or `module:function` beside the recipe."""
 
-import math
 from typing import cast
 
 from rewards.errors import BadReward, UnknownReward
@@ -44,6 +43,10 @@ class CheckedReward:
         )
 
 
+_LARGEST = 3.4e38
+"""Of a float32, in which the learner has it."""
+
+
 def load_reward(name: str, recipe_dir: str = "") -> CheckedReward:
     """The reward of the name. Raises UnknownReward for a name that leads nowhere."""
     try:
@@ -55,6 +58,6 @@ def load_reward(name: str, recipe_dir: str = "") -> CheckedReward:
 
 def _is_finite(number: object) -> bool:
     try:
-        return math.isfinite(cast(float, number))
+        return abs(cast(float, number)) <= _LARGEST
     except (TypeError, ValueError):
         return False

@@ -1,7 +1,7 @@
 """What a reward is: an async function from a task and its finished trajectory to a number.
 
     async def reward(task: TaskRow, trajectory: Trajectory, run: Run) -> float:
-        return float(trajectory.turns[-1].text == task.private["answer"])
+        return float(trajectory.turn_text == task.private["answer"])
 
 Code of the policy, and code that works on its text with a library that may hang, goes through `run`: a fresh
 sandbox for each call. An attribute `imports` of the function names modules to have ready there. One that may give

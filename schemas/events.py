@@ -15,14 +15,17 @@ The kind is a class's name in lower case; it travels as the field `kind` and as 
 New fields need defaults, and no field changes its type: then old and new processes can talk.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from schemas.images import StoredImage
 from schemas.recipe import OptionTable, Recipe
 from schemas.task import PublicPart
 from schemas.tokens import Tokens
+
+Index = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=str.lower):
@@ -62,7 +65,7 @@ class Admitted(TrajectoryEvent, frozen=True, kw_only=True):
     pinned_policy_version: int | None = None
     """For eval: exactly this version samples."""
     temperature: float = 1.0
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     """Derived from the run's seed, the group, the member and the attempt."""
 
 
@@ -111,8 +114,8 @@ class Started(TrajectoryEvent, frozen=True, kw_only=True):
 class Result(TrajectoryEvent, frozen=True, kw_only=True):
     """A toolbox's hop: what one call of the last turn returned. A tool's own error is a result too."""
 
-    turn: int
-    call: int
+    turn: Index
+    call: Index
     """Indices of the turn and of the call within it."""
     text: str
     ok: bool = True

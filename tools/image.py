@@ -83,15 +83,18 @@ async def open_pictures(options: ImageOptions, place: Place) -> AsyncIterator[Pi
         yield Pictures(options, place.recipe_dir, workers)
 
 
+Number = Annotated[int, Meta(ge=-100_000, le=100_000)]
+
+
 @tool(options=ImageOptions, opens=open_pictures)
 async def image(  # noqa: PLR0913 (one for each action)
     context: Context,
     action: Literal["show", "crop", "zoom", "rotate", "frame"],
-    number: int = 1,
+    number: Number = 1,
     box: Box | None = None,
     factor: Annotated[float, Meta(ge=0.1, le=32)] = 2.0,
     degrees: Finite = 90.0,
-    frame: int = 1,
+    frame: Number = 1,
 ) -> Observation:
     """Look closer at an image. The result is a new image, with the next number.
 

@@ -101,10 +101,16 @@ def _around(node: Any, tag: str, url: str) -> tuple[str, str]:
     return ("\n\n", "\n\n") if tag in _BLOCKS else ("", "")
 
 
+_LINK_CHARS = 2000
+
+
 def _absolute(url: str, link: str) -> str:
     """Where a link leads; empty if nowhere."""
     try:
-        return urljoin(url, link.strip()) if link else ""
+        found = urljoin(url, link.strip()) if link else ""
+        return (
+            found if len(found) <= _LINK_CHARS else ""
+        )  # a page has many, and each takes in the page's own
     except ValueError:  # "http://[domain]/"
         return ""
 

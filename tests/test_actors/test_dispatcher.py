@@ -265,6 +265,18 @@ def test_a_group_that_was_dropped_in_part_is_dropped_and_not_repeated() -> None:
     assert played.admit() == [f"g4-{m}-0" for m in range(3)]
 
 
+def test_a_dead_letter_does_not_fail_who_has_its_reward() -> None:
+    """Whatever sequence a faulty replica has written into it."""
+    played = Played()
+    played.admit()
+    played.finish("g0-0-0")
+    letter = DeadLetter(
+        stage="score", run="r", error="", payload=b"", trajectory="g0-0-0", seq=999,
+        boundary="scorer", code="crashed",
+    )  # fmt: skip
+    assert played.dispatcher.fail(letter) == []
+
+
 def test_a_dead_letter_fails_its_trajectory_with_the_cause() -> None:
     """Unless it has moved since: then another replica did the hop."""
     played = Played()

@@ -34,6 +34,8 @@ RECIPE = Recipe(
     asynchrony=Asynchrony(max_staleness=1),
 )
 
+CAUSE = Cause(boundary="engine", code="crashed")
+
 
 def life(
     name: str, reward: float | None, *, version: int = 0, calls: int = 0, length: bool = False
@@ -401,6 +403,36 @@ def test_our_own_events_are_taken_in_once() -> None:
     learning.planner.observe(step, len(learning.log), 0.0)
     assert learning.planner.step == 1
     assert learning.planner.seq == len(learning.log)
+
+
+def test_who_fails_after_its_score_is_replaced() -> None:
+    """A letter that a faulty replica has put aside: its group is complete with the next attempt, and not before."""
+    learning = Learning()
+    learning.append(*group("g0", 0.0, 1.0), Failed(trajectory="g0-0-0", cause=CAUSE))
+    assert learning.learn(0) is None
+    learning.append(*life("g0-0-1", 0.0), *group("g1", 0.0, 1.0))
+    step = learning.learn(0)
+    assert step is not None
+    assert set(step.trajectories) == {"g0-0-1", "g0-1-0", "g1-0-0", "g1-1-0"}
+
+
+def test_a_stale_group_is_named_after_a_checkpoint_too() -> None:
+    """It was filtered after the checkpoint's step; the next one names it, or nobody does."""
+    learning = Learning(checkpoint_step=1)
+    learning.append(*group("g0", 0.0, 1.0, version=0))
+    assert learning.learn(2) is None  # filtered as stale
+    filtered = [event for event in learning.log if isinstance(event, Filtered)]
+    assert [event.reason for event in filtered] == ["stale"]
+    read_seq = learning.planner.needed_from(len(learning.log))
+    resumed = Planner(RECIPE, 1, "learner", learning.planner.seq)
+    for seq, event in enumerate(learning.log[read_seq:], read_seq + 1):
+        resumed.observe(event, seq, float(seq))
+    for event in (*group("g1", 0.0, 1.0, version=2), *group("g2", 0.0, 1.0, version=2)):
+        learning.append(event)
+        resumed.observe(event, len(learning.log), 0.0)
+    step = resumed.plan(2)
+    assert step is not None
+    assert step.filtered == ["g0"]
 
 
 # -- metrics ---------------------------------------------------------------------------------------

@@ -335,6 +335,7 @@ def test_a_run_without_steps_has_no_curve(tmp_path: Path) -> None:
 
 def test_an_evaluation_s_version_is_in_its_name() -> None:
     assert evaluated_version("e12x3-0-1") == 12
+    assert evaluated_version("g1r1-0-0") is None
 
 
 # -- progress --------------------------------------------------------------------------------------

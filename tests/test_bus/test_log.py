@@ -14,7 +14,7 @@ from bus.embedded import EmbeddedServer
 from bus.errors import BadMessage, Conflict, Unavailable
 from bus.log import Log, Raw, Stored, open_log
 from bus.work import open_queue
-from schemas.events import Admitted, Expired, Scored, Step, Stepped, Turn
+from schemas.events import Admitted, Event, Expired, Result, Scored, Step, Stepped, Turn
 from schemas.task import ChatMessage, PublicPart
 from schemas.tokens import Tokens
 
@@ -302,3 +302,22 @@ async def test_only_a_confirmation_confirms(bus: Bus) -> None:
     await bus.subscribe("early", answer)  # of no stream: nobody else answers
     with pytest.raises(Unavailable, match="no confirmation"):
         await bus.store("early", b"", deadline_s=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("x", Admitted(trajectory="x", task="t", public=PublicPart(messages=[]), private_key="")),
+        ("g0-0-0", Scored(trajectory="g0-0-0", reward=float("nan"))),
+        ("g0-0-0", Scored(trajectory="g0-0-0", reward=float("inf"))),
+        ("g0-0-0", Result(trajectory="g0-0-0", turn=0, call=2**31, text="")),
+        ("g0-0-0", Result(trajectory="g0-0-0", turn=-1, call=0, text="")),
+    ],
+)
+async def test_what_no_reader_could_take_is_junk(
+    bus: Bus, log: Log, name: str, data: Event
+) -> None:
+    """Of a faulty replica, or a worker in another language: it would end other processes at every start."""
+    await bus.store(f"log.test.t.{name}.{data.kind}", encode(data))
+    assert [stored async for stored in log.read()] == []
+    assert log.junk == 1

@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from rewards.answer import boxed_answer, tagged_answer
 from rewards.errors import BadReward, BadTask, RewardError, UnknownReward
@@ -148,6 +149,17 @@ def test_what_is_never_closed_costs_no_more_than_its_length(opening: str) -> Non
     assert boxed_answer(text) is None
     assert tagged_answer(text) is None
     assert boxed_answer("\\boxed{1}" + text) in ("1", None)
+
+
+@pytest.mark.parametrize("cut", range(len("<answer>4042</answer>") + 1))
+async def test_an_answer_cut_into_pieces_is_one(cut: int) -> None:
+    """By a drain, or for new weights."""
+    text = "<answer>4042</answer>"
+    whole = trajectory("4041", text)
+    first = replace(whole.turns[-1], text=text[:cut], finish_reason="partial")
+    pieces = [whole.turns[0], first, replace(whole.turns[-1], text=text[cut:])]
+    reward = await load_reward("exact")(task(answer="4042"), replace(whole, turns=pieces), no_run)
+    assert reward == Reward(value=1.0, parts={"answered": 1.0})
 
 
 # -- math --------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import textwrap
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import msgspec
 
@@ -101,6 +101,8 @@ def meanings(message: type[msgspec.Struct]) -> dict[str, str]:
 
 def in_msgpack(kind: Any) -> str:
     """A type as msgpack knows it."""
+    if get_origin(kind) is Annotated:  # with its limits
+        return in_msgpack(get_args(kind)[0])
     plain = {str: "str", int: "int", float: "float", bool: "bool", bytes: "bin", Any: "any"}
     if kind in plain:
         return plain[kind]

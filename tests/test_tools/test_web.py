@@ -147,6 +147,12 @@ def test_any_bytes_are_text(data: bytes, charset: str, media_type: str) -> None:
     msgspec.msgpack.encode(read_page(data, media_type, charset, "http://x/"))
 
 
+def test_links_are_no_longer_than_links_are() -> None:
+    """Each takes in the page's own, which the policy may have made as long as it likes."""
+    page = b"<a href=x>y</a>" * 5_000
+    assert len(read_page(page, "text/html", "", f"http://h/{'a' * 60_000}/")["text"]) < 20_000
+
+
 def test_a_link_that_leads_nowhere_is_its_words() -> None:
     """As in documentation that says `http://[domain]/x`."""
     page = b"<a href='http://[domain]/x'>there</a> <a href=/x>here</a>"

@@ -7,7 +7,7 @@ from schemas.events import Call
 from tools.formats.format import CallFormat, Functions
 
 _ALIASES = {"python": ("py", "python3"), "bash": ("sh", "shell")}
-_OPENING = re.compile(r"^(?P<fence>`{3,})[ \t]*(?P<word>[\w-]*)[^`\n]*$", re.MULTILINE)
+_OPENING = re.compile(r"^(?P<fence>`{3,})[ \t]*+(?P<word>[\w-]*+)[^`\n]*+$", re.MULTILINE)
 
 
 class Fenced(CallFormat):

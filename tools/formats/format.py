@@ -156,6 +156,17 @@ def with_functions(messages: Sequence[ChatMessage], calls: CallFormat) -> list[C
     return [ChatMessage(role="system", content=text), *messages]
 
 
+_NOT_USABLE = "The call is not usable: a number is too large, or it is nested too deeply."
+
+
+def _fits(value: Any, depth: int = 64) -> bool:
+    """Whether it is nested no deeper: whoever takes it on, an MCP server say, could not write it down again."""
+    if not isinstance(value, dict | list):
+        return True
+    inside = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_fits(each, depth - 1) for each in inside)
+
+
 def read_json(text: str) -> Any | str:
     """A JSON value that a message can carry, or a complaint."""
     try:
@@ -164,7 +175,9 @@ def read_json(text: str) -> Any | str:
     except (msgspec.DecodeError, UnicodeError) as error:
         return f"The call is not valid JSON: {error}."
     except (OverflowError, RecursionError):
-        return "The call is not usable: a number is too large, or it is nested too deeply."
+        return _NOT_USABLE
+    if not _fits(value):
+        return _NOT_USABLE
     return "The call must be a JSON object, not a text." if isinstance(value, str) else value
 
 
