@@ -321,6 +321,22 @@ def test_a_trained_trajectory_is_a_row() -> None:
     assert (turns[1]["last"], turns[1]["calls"], turns[1]["results"]) == (True, [], [])
 
 
+def test_arguments_that_json_has_no_word_for_are_a_text() -> None:
+    """A message may hold them, of a worker in another language; the recorder goes on."""
+    odd = [{"a": msgspec.msgpack.Ext(5, b"x")}, {"a": {(1, 2): 3}}]
+    name = "g4-1-0"
+    tokens = Tokens.given([1]) + Tokens.sampled([2], [-0.5], [0])
+    calls = [Call(tool="python", arguments=each) for each in odd]
+    _, turns = rows_of(
+        [
+            admitted(name),
+            Turn(trajectory=name, tokens=tokens, text="", calls=calls),
+            Expired(trajectory=name, reason="test"),
+        ]
+    )
+    assert [json.loads(call["arguments"]) for call in turns[0]["calls"]] == [repr(x) for x in odd]
+
+
 def test_a_failed_trajectory_has_a_cause_and_no_reward() -> None:
     """And not the detail of the cause: a scorer's exception may quote the answer."""
     cause = Cause(boundary="scorer", code="crashed", detail="KeyError('the answer is 4042')")

@@ -116,7 +116,7 @@ async def test_when_its_run_is_over_it_goes_on_along_the_log(at_home) -> None:
     async with at_home() as (_, log):
         await log.append_run(Opened(recipe=RECIPE))
         folder = RunFolder("test")
-        live = replace(folder.live(), supervisor_pid=supervisor.pid)
+        live = replace(folder.live(), supervisor_pid=supervisor.pid, supervisor_began_s=0.0)
         (folder.path / "endpoint.json").write_bytes(msgspec.json.encode(live))
         shadow = asyncio.create_task(run_shadow("slow", (), "test", ""))
         async for found in log.follow(subject=subjects.learner("test", "slow")):
