@@ -29,6 +29,9 @@ from schemas.events import (
 from schemas.recipe import Recipe
 from schemas.trajectory import Trajectory, TrajectoryId, fold
 
+_NEVER = 1 << 30
+"""The version of who sampled nothing."""
+
 NAME = "main"
 """The name in the log of the learner whose steps make the run's versions."""
 
@@ -253,8 +256,13 @@ class Planner:
                 continue
             members = [self.trajectories[member] for member in self._scored[name].values()]
             reason: Literal["stale", "zero_variance", "range"] | None
-            if oldest_version(members) < oldest_allowed:
+            oldest = oldest_version(members)
+            if oldest < oldest_allowed:
                 reason = "stale"
+            elif oldest == _NEVER:
+                reason = (
+                    "zero_variance"  # no prompt left room for a token: there is nothing to train
+                )
             else:
                 rewards = [member.reward or 0.0 for member in members]
                 outcomes = [outcome(member, learner.advantage) for member in members]
@@ -313,7 +321,7 @@ class Planner:
 def oldest_version(trajectories: Iterable[Trajectory]) -> int:
     """The oldest policy version that sampled a token of any of them; huge when none did."""
     versions = (state.tokens.oldest_version for state in trajectories)
-    return min((version for version in versions if version is not None), default=1 << 30)
+    return min((version for version in versions if version is not None), default=_NEVER)
 
 
 def step_rewards(batch: Batch) -> list[float]:

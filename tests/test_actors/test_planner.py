@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from actors.learner import Batch, Planner, step_metrics, step_rewards
+from schemas.algorithm import Filter
 from schemas.events import (
     Admitted,
     AnyEvent,
@@ -465,6 +466,22 @@ def test_a_step_s_metrics_by_hand() -> None:
         "staleness_mean": 2.0,
         "staleness_max": 3,
     }
+
+
+def test_a_group_that_sampled_nothing_is_filtered() -> None:
+    """Whatever its rewards are: a step of such groups alone would fail, and is in the log by then."""
+    kept = Filter(zero_variance=False)
+    learning = Learning(replace(RECIPE, learner=replace(RECIPE.learner, filter=kept)))
+    for member, reward in enumerate((0.0, 1.0)):
+        name = f"g0-{member}-0"
+        admitted, *_ = life(name, None)
+        full = Turn(
+            trajectory=name, tokens=Tokens.given([1]), text="", finish_reason="length", last=True
+        )
+        learning.append(admitted, full, Scored(trajectory=name, reward=reward))
+    learning.append(*group("g1", 0.0, 1.0), *group("g2", 0.0, 1.0))
+    assert groups_of(learning.learn(0)) == ["g1", "g2"]
+    assert {member.group for member in learning.planner.batches[1].filtered} == {"g0"}
 
 
 def test_who_sampled_nothing_has_no_age() -> None:
