@@ -260,9 +260,8 @@ class Planner:
             if oldest < oldest_allowed:
                 reason = "stale"
             elif oldest == _NEVER:
-                reason = (
-                    "zero_variance"  # no prompt left room for a token: there is nothing to train
-                )
+                # no prompt left room for a token: there is nothing to train
+                reason = "zero_variance"
             else:
                 rewards = [member.reward or 0.0 for member in members]
                 outcomes = [outcome(member, learner.advantage) for member in members]

@@ -139,7 +139,6 @@ class WorkQueue:
 
     async def _on_message(self, message: Message) -> None:
         self._heard_s = asyncio.get_running_loop().time()
-        headers = message.headers or {}
         if message.reply.startswith("$JS.ACK."):
             self._asked = max(0, self._asked - 1)
             self._wake.set()
@@ -148,8 +147,10 @@ class WorkQueue:
                     await message.nak()
             else:
                 self._arrived.put_nowait(message)
-        elif (status := headers.get("Status")) != _IDLE:
-            # all else ends a request, saying what it owes
+            return
+        headers = message.headers or {}
+        status = headers.get("Status")
+        if status != _IDLE:  # all else ends a request, saying what it owes
             owed = int(headers.get("Nats-Pending-Messages", self._asked))
             self._asked = max(0, self._asked - owed)
             if status == _EXPIRED:  # else it was refused, and would be again at once: see `_pull`

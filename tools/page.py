@@ -108,9 +108,8 @@ def _absolute(url: str, link: str) -> str:
     """Where a link leads; empty if nowhere."""
     try:
         found = urljoin(url, link.strip()) if link else ""
-        return (
-            found if len(found) <= _LINK_CHARS else ""
-        )  # a page has many, and each takes in the page's own
+        # a page has many, and each takes in the page's own
+        return found if len(found) <= _LINK_CHARS else ""
     except ValueError:  # "http://[domain]/"
         return ""
 
